@@ -1,0 +1,87 @@
+"""One recorded step and its reverse mode: the custom VJP that reaches back through the tape."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbptt import _errors, _tape
+from jaxbptt._avals import type_of, zeros
+from jaxbptt._chain import Window, pull_window
+from jaxbptt._closure import Closure, Consts, fill, pick
+from jaxbptt._tape import Tape
+from jaxbptt._types import PyTree
+
+
+def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape, PyTree, PyTree]:
+    """Runs the step and records it; returns (new tape, y, aux).
+
+    Every array is an argument of the `custom_vjp`, what the step closes over included:
+    a tracer that is only closed over would get no gradient, or outlive its trace.
+    """
+    groups = {"step": closure.consts["step"]}
+    groups |= {"params": jax.tree.leaves(params), "x": jax.tree.leaves(x)}
+    masks = closure.masks
+    moving = {name: pick(masks[name], leaves) for name, leaves in groups.items()}
+    still = {name: pick(masks[name], leaves, False) for name, leaves in groups.items()}
+    every = tape._settings.every
+
+    def run(moving, still, tape, consts):
+        args = {name: fill(masks[name], moving[name], still[name]) for name in moving}
+        bound = closure.bind(consts | {"step": args["step"]})
+        carry_leaves = jax.tree.leaves(tape.carry)
+        (carry, y, aux), recorded, fixed = bound.forward(args["params"], carry_leaves, args["x"])
+        return (_tape.push(tape, carry, recorded), y, aux), fixed
+
+    @jax.custom_vjp
+    def recorded_step(*args):
+        return run(*args)[0]
+
+    def forward(moving, still, tape, consts):
+        y = type_of(closure.outputs.tree()[1])
+        if every > 1 and not (len(y.leaves) == 1 and _is_scalar(y.leaves[0])):
+            raise _errors.loss_not_scalar(y, every)
+        outs, fixed = run(moving, still, tape, consts)
+        return outs, (outs[0], fixed, consts)
+
+    def backward(saved, cts):
+        tape, fixed, consts = saved
+        ct_tape, ct_y, _ = cts
+        ct_carry = pick(masks["carry"], jax.tree.leaves(ct_tape.carry))
+        ct_y = pick(masks["y"], jax.tree.leaves(ct_y))
+        bound = closure.bind(consts | {"step": []})
+        return _pull_group(bound, tape, fixed, ct_carry, ct_y), None, None, None
+
+    recorded_step.defvjp(forward, backward)
+    consts = {name: value for name, value in closure.consts.items() if name != "step"}
+    return recorded_step(moving, still, tape, consts)
+
+
+def tape_window(tape: Tape, fixed: list, steps: int) -> Window:
+    """The newest `steps` steps of a tape, as far as they are recorded."""
+    read = _tape.reader(tape._ring, tape._head, tape.length)
+    return Window(read, fixed, steps, jnp.minimum(tape.length, steps))
+
+
+def _pull_group(
+    closure: Closure, tape: Tape, fixed: list, ct_carry: list, ct_y: list
+) -> dict[str, list]:
+    """Cotangents of step, params and x for the group that the newest step ends, or zeros."""
+    window, every = tape._settings.window, tape._settings.every
+    rows = min(every, window)
+
+    def back() -> dict[str, list]:
+        ct_ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in ct_y]
+        seen = tape_window(tape, fixed, window)
+        ct = pull_window(closure, seen, ct_carry, ct_ys, rows, older_xs=False)
+        return {"step": ct.step, "params": ct.params, "x": [v[0] for v in ct.xs]}
+
+    if every == 1:
+        return back()
+    nothing = {g: [zeros(k) for k in closure.cotangents_of(g)] for g in ("step", "params", "x")}
+    return lax.cond(_tape.due(tape), back, lambda: nothing)
+
+
+def _is_scalar(leaf: Any) -> bool:
+    return leaf.shape == () and leaf.differentiable

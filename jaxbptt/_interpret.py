@@ -1,0 +1,213 @@
+"""Partial evaluation of a jaxpr in which some inputs are a marker instead of an array.
+
+Two questions about a step are answered by reading its jaxpr rather than by
+comparing arrays: which values depend on neither carry nor x (marker UNKNOWN on
+those two), and what remains of a pullback when a cotangent is zero (marker ZERO).
+Both walk the equations in order, bind what has arrays only, look inside calls
+(`jit`, `checkpoint`), and leave the rest to a rule.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+
+from jaxbptt._avals import zeros
+
+
+class Marker:
+    """What stands in for an array that is unknown, or known to be zero."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+UNKNOWN = Marker("UNKNOWN")
+ZERO = Marker("ZERO")
+
+Value = Any  # an array, a tracer or a Marker
+Rule = Callable[[core.JaxprEqn, list[Value]], list[Value]]
+
+# Primitives that only call a jaxpr, one to one in inputs and outputs. The calls
+# that carry a derivative rule of their own are left whole, or they would lose it.
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+
+
+def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -> list[Value]:
+    """The outputs of `jaxpr`, where `rule` says what an equation with markers gives."""
+    env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        if not any(isinstance(v, Marker) for v in values):
+            outs = bind(eqn, values)
+        elif eqn.primitive.name in _CALLS:
+            outs = interpret(*_called(eqn), values, rule)
+        else:
+            outs = rule(eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def bind(eqn: core.JaxprEqn, values: list) -> list:
+    """Runs one equation on arrays."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Before JAX 0.10 a pair; the functions have since moved in among the parameters.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with eqn.ctx.manager:
+        outs = eqn.primitive.bind(*functions, *values, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def prune(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Drops the equations that no output needs, their side effects included."""
+    needed = {v for v in closed.jaxpr.outvars if not isinstance(v, core.Literal)}
+    kept = []
+    for eqn in reversed(closed.jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if not isinstance(v, core.Literal))
+    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
+
+
+def drop(values: Sequence, marks: Sequence) -> list:
+    """The values whose place holds no Marker in `marks`."""
+    return [v for v, m in zip(values, marks, strict=True) if not isinstance(m, Marker)]
+
+
+def merge(values: Sequence, marks: Sequence) -> list:
+    """Puts `values` back between the Markers of `marks`: the inverse of `drop`."""
+    rest = iter(values)
+    return [m if isinstance(m, Marker) else next(rest) for m in marks]
+
+
+def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence]:
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
+
+
+# ------------------------------------------------------------ what is known
+
+
+def known_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """Outputs that depend on an UNKNOWN input are UNKNOWN; loops and branches are split."""
+    if eqn.primitive.name == "scan":
+        return _known_scan(eqn, values)
+    if eqn.primitive.name == "cond" and values[0] is not UNKNOWN:
+        return _known_cond(eqn, values)
+    return [UNKNOWN] * len(eqn.outvars)
+
+
+def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """The part of an inner scan that can run without its unknown inputs.
+
+    A scan over stacked layers is the everyday case: what it keeps of the weights
+    is known although the activations beside it are not.
+    """
+    p = eqn.params
+    body, length = p["jaxpr"], p["length"]
+    n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+    consts, init, xs = values[:n], values[n:m], values[m:]
+    if length == 0:
+        return [UNKNOWN] * len(eqn.outvars)
+
+    def trip(carry, x):
+        args = [*consts, *merge(carry, init), *merge(x, xs)]
+        return interpret(body.jaxpr, body.consts, args, known_rule)
+
+    def first(carry, xs):
+        return trip(carry, [lax.index_in_dim(x, 0, keepdims=False) for x in xs])
+
+    # A carry that enters known may leave unknown: start again with it unknown.
+    while True:
+        kinds = _kinds(first, drop(init, init), drop(xs, xs))
+        known = drop(init, init)
+        init = [kinds[i] or v for i, v in enumerate(init)]
+        if len(drop(init, init)) == len(known):
+            break
+    ys_kinds = kinds[len(init) :]
+
+    def known_trip(carry, x):
+        outs = trip(carry, x)
+        return drop(outs[: len(init)], init), drop(outs[len(init) :], ys_kinds)
+
+    last, ys = lax.scan(
+        known_trip,
+        drop(init, init),
+        drop(xs, xs),
+        length=length,
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    return merge(last, init) + merge(ys, ys_kinds)
+
+
+def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    index, operands = values[0], values[1:]
+
+    def runner(branch):
+        def run(arrays):
+            return interpret(branch.jaxpr, branch.consts, merge(arrays, operands), known_rule)
+
+        return run
+
+    runs = [runner(branch) for branch in eqn.params["branches"]]
+    each = [_kinds(run, drop(operands, operands)) for run in runs]
+    kinds = [UNKNOWN if UNKNOWN in kind else None for kind in zip(*each, strict=True)]
+    branches = [lambda arrays, run=run: drop(run(arrays), kinds) for run in runs]
+    return merge(lax.switch(index, branches, drop(operands, operands)), kinds)
+
+
+def _kinds(run: Callable[..., list[Value]], *arrays) -> list[Value]:
+    """For each output of `run` its Marker, or None where it is an array."""
+    kinds: list[Value] = []
+
+    def look(*arrays):
+        kinds[:] = [v if isinstance(v, Marker) else None for v in run(*arrays)]
+
+    jax.eval_shape(look, *arrays)
+    return kinds
+
+
+# ------------------------------------------------------------- what is zero
+
+# Primitives with one output, linear in their first operand alone ...
+_LINEAR = frozenset(
+    "broadcast_in_dim conj convert_element_type copy copy_p cumsum div dynamic_slice expand_dims "
+    "gather imag name neg real reduce_precision reduce_sum reshape rev sharding_constraint slice "
+    "squeeze transpose".split()
+)
+# ... in each of two, or in this many of their first operands together.
+_BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
+_JOINT = {"pad": 2, "dynamic_update_slice": 2, "sub": 2, "concatenate": None, "stack": None}
+
+
+def zero_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """Keeps a zero symbolic through linear primitives and makes it an array elsewhere."""
+    name = eqn.primitive.name
+    zero = [v is ZERO for v in values]
+    if name in ("add", "add_any") and any(zero):
+        return [values[1] if zero[0] else values[0]]
+    if (
+        (name in _LINEAR and zero[0])
+        or (name in _BILINEAR and any(zero))
+        or (name in _JOINT and all(zero[: _JOINT[name]]))
+        or (name == "select_n" and all(zero[1:]))
+        or (name == "scatter-add" and zero[0] and zero[2])
+    ):
+        return [ZERO]
+    return bind(eqn, dense(values, eqn.invars))
+
+
+def dense(values: Sequence[Value], atoms: Sequence) -> list:
+    """`values` with arrays of zeros, of the types of `atoms`, where there is a ZERO."""
+    return [zeros(a.aval) if v is ZERO else v for v, a in zip(values, atoms, strict=True)]

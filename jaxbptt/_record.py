@@ -1,0 +1,242 @@
+"""`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt import _errors, _tape
+from jaxbptt._avals import canonical, struct_of, type_of
+from jaxbptt._call import call, tape_window
+from jaxbptt._chain import pull_window
+from jaxbptt._closure import Closure, trace
+from jaxbptt._cotangents import given_ct_carry, given_ct_ys, with_float0
+from jaxbptt._tape import Settings, Tape
+from jaxbptt._types import PyTree, StepFn
+
+
+class Cotangents(NamedTuple):
+    """What `Recorder.pullback` returns.
+
+    Leaves that no gradient can flow through (integers, booleans, keys) are arrays of
+    dtype float0, as `jax.vjp` gives them.
+
+    Attributes:
+        params: θ̄, of the structure and shapes of the parameters, summed over the window.
+        carry: λ of the carry that entered the oldest step reached.
+        xs: x̄ of each step in the window, leaves (window, *x.shape), oldest first, zero
+            where nothing was recorded.
+    """
+
+    params: PyTree
+    carry: PyTree
+    xs: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """A step function that records; made by `record`.
+
+    Calling it runs one step. Reverse-mode differentiation of the call is the
+    window-composed VJP.
+    """
+
+    step: StepFn
+    window: int
+    every: int
+    weights: str
+    has_aux: bool
+
+    def init(self, params: PyTree, carry: PyTree, x: PyTree) -> Tape:
+        """A tape with nothing recorded yet.
+
+        Args:
+            params: parameters of the step (their shapes and dtypes count).
+            carry: the carry to start from. It is copied, so that the tape can be donated.
+            x: one input, arrays or `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            A `Tape`. Under `jax.eval_shape` it allocates nothing and its `nbytes` tells the
+            size of the ring.
+
+        Raises:
+            TypeError: the step doesn't return `(carry, y)` with the carry's type.
+            ValueError: `carry` is a tape, or a leaf isn't an array.
+        """
+        if isinstance(carry, Tape):
+            raise _errors.tape_as_carry()
+        params, x = canonical(params, "params"), canonical(x, "x")
+        carry = jax.tree.map(jnp.copy, canonical(carry, "carry"))
+        slot = self._trace(params, carry, x).slot
+        return _tape.blank(carry, slot, self._settings(params, carry, x))
+
+    def __call__(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
+        """Runs one step and records it.
+
+        Args:
+            params: parameters for this step, of the shapes given to `init`.
+            tape: the tape that `init` or the last call returned.
+            x: one input, of the shape given to `init`.
+
+        Returns:
+            The new tape and the step's y. In reverse mode a cotangent of y, and of the new
+            tape's carry, goes back through the last `window` steps to `params` and to what
+            the step closes over; `x` gets the newest step's share, the old tape nothing.
+            With `every=m > 1` this happens where `due(new_tape)`, for all the losses of
+            the group at once; other calls give zeros.
+
+        Raises:
+            TypeError: the step doesn't return `(carry, y)` with the carry's type, or, when
+                differentiated with `every > 1`, y is not a scalar.
+            ValueError: the tape is not one of this recorder's, or `params` or `x` have other
+                shapes than it was made for.
+
+        Cost:
+            One step and one slot written; in reverse mode `window` pullbacks of the step.
+        """
+        _errors.is_tape(tape, Tape)
+        params, x = canonical(params, "params"), canonical(x, "x")
+        closure = self._resume(params, tape, x)
+        tape, y, aux = call(closure, tape, params, x)
+        return tape, (y, aux) if self.has_aux else y
+
+    def pullback(
+        self, params: PyTree, tape: Tape, ct_ys: PyTree, ct_carry: PyTree = None
+    ) -> Cotangents:
+        """Sends cotangents back through the recorded steps.
+
+        Args:
+            params: with `weights="current"` the parameters to use for what depends on
+                parameters alone; with "stored" only their shapes count.
+            tape: the tape after the newest step.
+            ct_ys: cotangents of the outputs of the last m steps, 1 ≤ m ≤ window: leaves
+                (m, *y.shape), oldest first; of y without aux if `has_aux`. Leaves of y
+                that are integers take float0 arrays.
+            ct_carry: cotangent of the tape's carry; None for zero.
+
+        Returns:
+            `Cotangents(params, carry, xs)`. m outputs reach back m + max(window - every, 0)
+            steps before the newest one, at most `window`; rows of `ct_ys` from before the
+            first recorded step count as nothing.
+
+        Raises:
+            ValueError: the tape is not one of this recorder's, or the cotangents have
+                another structure, shape or dtype than y and the carry.
+
+        Cost:
+            `window` pullbacks of the step.
+        """
+        _errors.is_tape(tape, Tape)
+        params, x = canonical(params, "params"), struct_of(tape._settings.x)
+        closure = self._resume(params, tape, x)
+        rows, ct_ys = given_ct_ys(closure, ct_ys, self.window)
+        lam = given_ct_carry(closure, tape.carry, ct_carry)
+        fixed = closure.derive(jax.tree.leaves(params))
+        steps = min(self.window, rows + max(self.window - self.every, 0))
+        ct = pull_window(closure, tape_window(tape, fixed, steps), lam, ct_ys, rows)
+        missing = self.window - steps
+        xs = [jnp.pad(jnp.flip(v, 0), [(missing, 0)] + [(0, 0)] * (v.ndim - 1)) for v in ct.xs]
+        return Cotangents(
+            with_float0(closure.masks["params"], ct.params, params),
+            with_float0(closure.masks["carry"], ct.carry, tape.carry),
+            with_float0(closure.masks["x"], xs, x, (self.window,)),
+        )
+
+    def due(self, tape: Tape) -> jax.Array:
+        """Whether the newest step on the tape ends a group of `every` steps (bool scalar)."""
+        _errors.is_tape(tape, Tape)
+        return _tape.due(tape)
+
+    def clear(self, tape: Tape) -> Tape:
+        """Forgets the recorded steps and keeps the carry; the next step starts a new group."""
+        _errors.is_tape(tape, Tape)
+        return _tape.clear(tape)
+
+    def _settings(self, params: PyTree, carry: PyTree, x: PyTree) -> Settings:
+        return Settings(
+            self.window, self.every, self.weights, type_of(params), type_of(carry), type_of(x)
+        )
+
+    def _trace(self, params: PyTree, carry: PyTree, x: PyTree) -> Closure:
+        stored = self.weights == "stored"
+        return trace(self.step, params, carry, x, stored=stored, has_aux=self.has_aux)
+
+    def _resume(self, params: PyTree, tape: Tape, x: PyTree) -> Closure:
+        """The closure of the step on this tape, or a refusal before anything runs."""
+        made = tape._settings
+        for name in ("window", "every", "weights"):
+            if getattr(made, name) != getattr(self, name):
+                raise _errors.other_setting(name, getattr(self, name), getattr(made, name))
+        remedy = "Pass what init was given, or make a tape with init for the new shapes."
+        given = {"params": params, "tape.carry": tape.carry, "x": x}
+        for name, kind in (("params", made.params), ("tape.carry", made.carry), ("x", made.x)):
+            lead = f"{name} must be of the type that the tape was made for"
+            _errors.same_type(lead, kind, type_of(given[name]), remedy, error=ValueError)
+        closure = self._trace(params, tape.carry, x)
+        if closure.slot != _tape.layout(tape):
+            raise _errors.other_residuals(closure.slot, _tape.layout(tape))
+        return closure
+
+
+def record(
+    step: StepFn, *, window: int, every: int = 1, weights: str = "stored", has_aux: bool = False
+) -> Recorder:
+    """Wraps a step function so that gradients flow back through its last `window` calls.
+
+    With (c_s, y_s) = step(θ_s, c_{s-1}, x_s), a cotangent (ȳ, c̄) at step t gives
+
+        λ_t = c̄,  ȳ_t = ȳ,  ȳ_s = 0 for s < t
+        λ_{s-1} = (∂c_s/∂c_{s-1})ᵀ λ_s + (∂y_s/∂c_{s-1})ᵀ ȳ_s
+        θ̄ = Σ_s (∂c_s/∂θ)ᵀ λ_s + (∂y_s/∂θ)ᵀ ȳ_s         for s = t … max(1, t-window+1)
+
+    which is `jax.grad` of y_t through the last `window` steps with the older carry
+    detached: BPTT(h; h′) of Williams & Peng with h = window and h′ = every. Arrays that
+    the step closes over are implicit parameters.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, one time step: the body of a `lax.scan`
+            with its parameters in front. Anything that `jax.vjp` takes.
+        window: how many steps a cotangent reaches back, the present one included. 1 is the
+            ordinary one-step gradient, a window as long as the past full BPTT.
+        every: after how many steps cotangents start, m. The outputs of m steps, counted
+            from the first step, then go back together, `window` steps from the last of
+            them. `window == every` is truncation by chunks, 1 the sliding window.
+        weights: whose parameters the recorded steps are differentiated at. "stored": each
+            step's own (exact; they sit on the ring). "current": recorded activations with
+            the caller's parameters now, for every value that depends on neither carry nor
+            x; none of these is on the ring.
+        has_aux: whether y is a pair `(y, aux)` whose second half is not differentiated.
+
+    Returns:
+        A `Recorder`.
+
+    Raises:
+        ValueError: `window` or `every` is not a positive int, or `weights` is neither.
+
+    Cost:
+        `window` slots of residuals, whatever the length of the loop; for a gradient,
+        `window` pullbacks of the step.
+
+    References:
+        Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
+        Recurrent Network Trajectories", Neural Computation 2(4), 1990.
+        Sutskever, "Training Recurrent Neural Networks", PhD thesis, Toronto, 2013 (k1, k2).
+        Harlap et al., "PipeDream", 2018 (weight stashing: "stored").
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbptt
+        >>> step = lambda w, c, x: (w * c + x, w * c + x)
+        >>> rec = jaxbptt.record(step, window=3)
+        >>> tape = rec.init(0.5, 0.0, 0.0)
+        >>> for x in (1.0, 0.0, 0.0, 0.0):
+        ...     tape, y = rec(0.5, tape, x)
+        >>> float(rec.pullback(0.5, tape, jnp.ones(1)).params)  # 3 of the 3 w² that reach x_1
+        0.75
+    """
+    if not callable(step):
+        raise _errors.not_callable(step)
+    _errors.positive_int("window", window)
+    _errors.positive_int("every", every)
+    _errors.one_of("weights", weights, ("stored", "current"))
+    return Recorder(step, int(window), int(every), weights, bool(has_aux))

@@ -1,0 +1,152 @@
+"""The tape: the live carry beside a ring of residuals, a pytree of fixed size.
+
+A ring is a list of arrays with one slot for each of the last `window` steps. All
+counters stay below `window` or `every`, so nothing overflows however long the loop.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbptt import _errors
+from jaxbptt._avals import LeafType, TreeType, canonical, leaf_type, type_of, zeros
+from jaxbptt._types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a tape is for: static, hashable, equal by value."""
+
+    window: int
+    every: int
+    weights: str
+    params: TreeType
+    carry: TreeType
+    x: TreeType
+
+
+@dataclasses.dataclass(frozen=True)
+class Tape:
+    """The carry of a recorded loop and the residuals of its last steps: a pytree.
+
+    Made by `Recorder.init` and returned by every call of the recorder; carry it through
+    `lax.scan`, donate it to `jit`, `vmap` over it. Its size is fixed.
+
+    Attributes:
+        carry: the live carry, as the step returned it last.
+        length: int32 scalar, how many steps are recorded, at most the window.
+        nbytes: int, the bytes of the ring (known under `jax.eval_shape` too).
+    """
+
+    carry: PyTree
+    length: jax.Array
+    _ring: list[jax.Array]  # each (window, *residual.shape), written at slots 0, 1, ... in turn
+    _head: jax.Array  # int32, the slot of the newest step
+    _phase: jax.Array  # int32, steps in the current group of `every`, the newest included
+    _settings: Settings
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ring."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self._ring)
+
+    def replace(self, *, carry: PyTree) -> "Tape":
+        """The same tape with another live carry, of the same structure, shapes and dtypes.
+
+        The recorded steps stay: a later cotangent flows from the new carry into the
+        step that was recorded last, as if that step had returned it.
+
+        Args:
+            carry: the new carry.
+
+        Raises:
+            ValueError: `carry` is not of the type of the carry on the tape.
+        """
+        if isinstance(carry, Tape):
+            raise _errors.tape_as_carry()
+        carry = canonical(carry, "carry")
+        _errors.same_type(
+            "carry must be of the type of the carry on the tape",
+            type_of(self.carry),
+            type_of(carry),
+            "Cast or reshape it, or make a new tape with init.",
+            error=ValueError,
+        )
+        return dataclasses.replace(self, carry=carry)
+
+
+jax.tree_util.register_dataclass(
+    Tape,
+    data_fields=["carry", "length", "_ring", "_head", "_phase"],
+    meta_fields=["_settings"],
+)
+
+
+def blank(carry: PyTree, slot: Sequence[LeafType], settings: Settings) -> Tape:
+    """A tape with nothing recorded: its slots are zeros that no result ever depends on."""
+    ring = [
+        zeros(dataclasses.replace(leaf, shape=(settings.window, *leaf.shape))) for leaf in slot
+    ]
+    # Three arrays rather than one thrice: a buffer can be donated only once.
+    length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return Tape(carry, length, ring, head, phase, settings)
+
+
+def clear(tape: Tape) -> Tape:
+    """Nothing recorded, the carry kept. The ring is zeroed: residuals may hold a NaN."""
+    return dataclasses.replace(
+        tape,
+        length=jnp.zeros_like(tape.length),
+        _ring=[jnp.zeros_like(leaf) for leaf in tape._ring],
+        _head=jnp.zeros_like(tape._head),
+        _phase=jnp.zeros_like(tape._phase),
+    )
+
+
+def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
+    """Writes one step over the oldest slot and makes `carry` the live one."""
+    window, every = tape._settings.window, tape._settings.every
+    head = (tape._head + 1) % window
+    ring = [
+        lax.dynamic_update_index_in_dim(leaf, value, head, 0)
+        for leaf, value in zip(tape._ring, residuals, strict=True)
+    ]
+    return dataclasses.replace(
+        tape,
+        carry=carry,
+        length=jnp.minimum(tape.length + 1, window),
+        _ring=ring,
+        _head=head,
+        _phase=tape._phase % every + 1,
+    )
+
+
+def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any], list[jax.Array]]:
+    """A function from lag (0 is the newest step) to that step's residuals.
+
+    Beyond what is recorded it gives the oldest step again, never an unwritten slot:
+    its values are masked, but masking can't undo a NaN in a derivative.
+    """
+    window = ring[0].shape[0] if ring else 1
+
+    def read(lag):
+        slot = (head - jnp.clip(lag, 0, jnp.maximum(length - 1, 0))) % window
+        return [lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring]
+
+    return read
+
+
+def layout(tape: Tape) -> tuple[LeafType, ...]:
+    """The types of the residuals in one slot."""
+    return tuple(
+        dataclasses.replace(leaf_type(leaf), shape=leaf.shape[1:]) for leaf in tape._ring
+    )
+
+
+def due(tape: Tape) -> jax.Array:
+    """Whether the newest step ends a group of `every`."""
+    return tape._phase == tape._settings.every
