@@ -1,4 +1,18 @@
-"""Truncated backpropagation through time as one function transformation."""
+"""Truncated backpropagation through time as one function transformation.
+
+A loop over single time steps with the gradient inside it; here it reaches back two steps:
+
+    >>> import jax, jaxbptt
+    >>> step = lambda w, carry, x: (w * carry + x, w * carry + x)
+    >>> rec = jaxbptt.record(step, window=2)
+    >>> tape = rec.init(0.5, 0.0, 0.0)
+    >>> def loss_fn(w, tape, x):
+    ...     return rec(w, tape, x)[::-1]  # y is the loss, the new tape goes along
+    >>> for x in (1.0, 2.0, 3.0, 4.0):
+    ...     (loss, tape), grad = jax.value_and_grad(loss_fn, has_aux=True)(0.5, tape, x)
+    >>> float(grad)  # c_3 + w c_2 = 4.25 + 0.5 * 2.5, without the w² c_1 of full BPTT
+    5.5
+"""
 
 from jaxbptt._record import Cotangents, Recorder, record
 from jaxbptt._tape import Tape

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors, _tape
-from jaxbptt._avals import type_of, zeros
-from jaxbptt._chain import Window, pull_window
-from jaxbptt._closure import Closure, Consts, fill, pick
+from jaxbptt._avals import zeros
+from jaxbptt._chain import Window, pull_newest_x, pull_window
+from jaxbptt._closure import Closure, fill, pick
 from jaxbptt._tape import Tape
-from jaxbptt._types import PyTree
+from jaxbptt._types import PyTree, type_of
+
+_GROUPS = ("hoisted", "params", "x")
 
 
 def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape, PyTree, PyTree]:
@@ -20,7 +22,7 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
     Every array is an argument of the `custom_vjp`, what the step closes over included:
     a tracer that is only closed over would get no gradient, or outlive its trace.
     """
-    groups = {"step": closure.consts["step"]}
+    groups = {"hoisted": closure.consts["hoisted"]}
     groups |= {"params": jax.tree.leaves(params), "x": jax.tree.leaves(x)}
     masks = closure.masks
     moving = {name: pick(masks[name], leaves) for name, leaves in groups.items()}
@@ -29,7 +31,7 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
 
     def run(moving, still, tape, consts):
         args = {name: fill(masks[name], moving[name], still[name]) for name in moving}
-        bound = closure.bind(consts | {"step": args["step"]})
+        bound = closure.bind(consts | {"hoisted": args["hoisted"]})
         carry_leaves = jax.tree.leaves(tape.carry)
         (carry, y, aux), recorded, fixed = bound.forward(args["params"], carry_leaves, args["x"])
         return (_tape.push(tape, carry, recorded), y, aux), fixed
@@ -50,11 +52,11 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
         ct_tape, ct_y, _ = cts
         ct_carry = pick(masks["carry"], jax.tree.leaves(ct_tape.carry))
         ct_y = pick(masks["y"], jax.tree.leaves(ct_y))
-        bound = closure.bind(consts | {"step": []})
+        bound = closure.bind(consts)
         return _pull_group(bound, tape, fixed, ct_carry, ct_y), None, None, None
 
     recorded_step.defvjp(forward, backward)
-    consts = {name: value for name, value in closure.consts.items() if name != "step"}
+    consts = {name: value for name, value in closure.consts.items() if name != "hoisted"}
     return recorded_step(moving, still, tape, consts)
 
 
@@ -67,19 +69,20 @@ def tape_window(tape: Tape, fixed: list, steps: int) -> Window:
 def _pull_group(
     closure: Closure, tape: Tape, fixed: list, ct_carry: list, ct_y: list
 ) -> dict[str, list]:
-    """Cotangents of step, params and x for the group that the newest step ends, or zeros."""
-    window, every = tape._settings.window, tape._settings.every
-    rows = min(every, window)
+    """Cotangents of hoisted, params and x for the group that the newest step ends, or zeros."""
+    every, steps = tape._settings.every, tape._settings.window
+    rows = min(every, steps)
+    window = tape_window(tape, fixed, steps)
 
     def back() -> dict[str, list]:
         ct_ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in ct_y]
-        seen = tape_window(tape, fixed, window)
-        ct = pull_window(closure, seen, ct_carry, ct_ys, rows, older_xs=False)
-        return {"step": ct.step, "params": ct.params, "x": [v[0] for v in ct.xs]}
+        ct = pull_window(closure, window, ct_carry, ct_ys, rows, keep_xs=False)
+        x = pull_newest_x(closure, window, ct_carry, ct_y)
+        return closure.by_group(ct.weights) | {"x": x}
 
     if every == 1:
         return back()
-    nothing = {g: [zeros(k) for k in closure.cotangents_of(g)] for g in ("step", "params", "x")}
+    nothing = {group: [zeros(k) for k in closure.cotangents[group]] for group in _GROUPS}
     return lax.cond(_tape.due(tape), back, lambda: nothing)
 
 

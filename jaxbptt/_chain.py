@@ -3,7 +3,8 @@
     λ_{s-1} = (∂c_s/∂c_{s-1})ᵀ λ_s + (∂y_s/∂c_{s-1})ᵀ ȳ_s
     θ̄ = Σ_s (∂c_s/∂θ)ᵀ λ_s + (∂y_s/∂θ)ᵀ ȳ_s
 
-from the newest step backwards. All lists hold differentiable leaves.
+from the newest step backwards. All lists hold differentiable leaves; "weights" are
+the arrays that the step closes over, then the parameters.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from jax import lax
 
 from jaxbptt._avals import zeros
 from jaxbptt._closure import Closure
+from jaxbptt._contract import where_or_zero
 from jaxbptt._interpret import ZERO, Value
 
 
@@ -38,16 +40,15 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class WindowCotangents:
-    """Flat cotangents of a window: sums for step and params, the last λ, x̄ by lag."""
+    """Flat cotangents of a window."""
 
-    step: list
-    params: list
-    carry: list
-    xs: list  # each (steps, *x.shape), or (rows, *x.shape) without the older ones; lag 0 first
+    weights: list  # summed over the lags
+    carry: list  # the last λ
+    xs: list  # x̄ by lag, each (steps, *x.shape), lag 0 first; empty unless asked for
 
 
 def pull_window(
-    closure: Closure, window: Window, ct_carry: list, ct_ys: list, rows: int, *, older_xs: bool = True
+    closure: Closure, window: Window, ct_carry: list, ct_ys: list, rows: int, *, keep_xs: bool
 ) -> WindowCotangents:
     """Chains the closures of a window.
 
@@ -57,58 +58,84 @@ def pull_window(
         ct_carry: c̄, the cotangent of the newest carry.
         ct_ys: ȳ of the last `rows` steps, each leaf (rows, *y.shape), oldest first.
         rows: how many of the newest steps have a ȳ; the older ones only pass λ on.
-        older_xs: whether x̄ is wanted of the steps without a ȳ too.
+        keep_xs: whether x̄ is wanted.
     """
-    kinds = {group: closure.cotangents_of(group) for group in ("step", "params", "carry", "x")}
-    weights = ("step", "params")
-
-    def trip(state, lag, ct_y):
-        lam, sums = state
-        live = lag < window.reach
-        ct = closure.pull(window.read(lag), window.fixed, lam, ct_y)
-        # Selecting what came, rather than zeroing what goes in: a pullback of the
-        # user's own need not give zero for zero, and 0·inf is NaN.
-        lam = _each(lambda new, old, kind: jnp.where(live, _dense(new, kind), old),
-                    ct["carry"], lam, kinds["carry"])
-        sums = {g: _each(lambda total, v: _add(total, live, v), sums[g], ct[g]) for g in weights}
-        xs = _each(lambda v, kind: _where_or_zero(live, _dense(v, kind)), ct["x"], kinds["x"])
-        return (lam, sums), xs if older_xs or ct_y is not None else []
-
-    state = ct_carry, {g: _each(_accumulator, kinds[g]) for g in weights}
     newest_first = [jnp.flip(leaf, 0) for leaf in ct_ys]
-    state, xs = lax.scan(
-        lambda state, row: trip(state, *row), state, (jnp.arange(rows), newest_first)
-    )
-    if rows < window.steps:
-        lags = jnp.arange(rows, window.steps)
-        state, older = lax.scan(lambda state, lag: trip(state, lag, None), state, lags)
-        if older_xs:
-            xs = _each(lambda new, old: jnp.concatenate([new, old]), xs, older)
-    lam, sums = state
-    step, params = (_each(lambda a, k: a.astype(k.dtype), sums[g], kinds[g]) for g in weights)
-    return WindowCotangents(step, params, lam, xs)
+    older = window.steps - rows
+    if not older or closure.indifferent_to_y:
+        # One loop is cheaper than two, where rows of zeros cost next to nothing.
+        ct_ys = [_padded(leaf, older) for leaf in newest_first]
+        ct = _sweep(closure, window, "pull", 0, window.steps, ct_carry, ct_ys, keep_xs)
+        return dataclasses.replace(ct, weights=_weights(closure, ct.weights))
+    new = _sweep(closure, window, "pull", 0, rows, ct_carry, newest_first, keep_xs)
+    old = _sweep(closure, window, "pull_carry", rows, window.steps, new.carry, [], keep_xs)
+    weights = _weights(closure, _each(_plus, new.weights, old.weights))
+    return WindowCotangents(weights, old.carry, _each(_joined, new.xs, old.xs))
+
+
+def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:
+    """x̄ of the newest step alone."""
+    args = [*closure.residuals(window.read(0), window.fixed), *ct_carry, *ct_y]
+    outs, _, _ = closure.split("pull", ("x",)).one_lag(closure.consts["pull"], args)
+    return _each(_dense, outs, closure.cotangents["x"])
+
+
+def _sweep(
+    closure: Closure,
+    window: Window,
+    program: str,
+    start: int,
+    stop: int,
+    lam: list,
+    ct_ys: list,
+    keep_xs: bool,
+) -> WindowCotangents:
+    """The lags from `start` to `stop` in one loop, then the contractions over them."""
+    split = closure.split(program, ("carry", "x") if keep_xs else ("carry",))
+    consts = closure.consts[program]
+    kinds = closure.cotangents
+
+    def trip(state, row):
+        lam, sums = state
+        lag, ct_y = row
+        live = lag < window.reach
+        args = [*closure.residuals(window.read(lag), window.fixed), *lam, *ct_y]
+        outs, emitted, terms = split.one_lag(consts, args)
+        # What comes out is selected, rather than zeros sent in: a pullback of the
+        # user's own need not give zero for zero, and 0·inf is NaN.
+        older = _each(_dense, outs[: len(lam)], kinds["carry"])
+        lam = _each(lambda new, old: jnp.where(live, new, old), older, lam)
+        xs = _each(_dense, outs[len(lam) :], kinds["x"] if keep_xs else [])
+        kept = [where_or_zero(live, v) for v in (*xs, *emitted)]
+        return (lam, split.add(sums, terms, live)), (kept[: len(xs)], kept[len(xs) :])
+
+    lags = jnp.arange(start, stop, dtype=jnp.int32)
+    (lam, sums), (xs, emitted) = lax.scan(trip, (lam, split.zero_sums()), (lags, ct_ys))
+    unvaried = closure.residuals([None] * len(closure.slot), window.fixed)
+    unvaried += [None] * (len(split.jaxpr.invars) - len(unvaried))
+    weights = split.finish(consts, unvaried, emitted, sums)
+    return WindowCotangents(weights, lam, xs)
 
 
 def _each(function: Callable, *lists: list) -> list:
     return [function(*items) for items in zip(*lists, strict=True)]
 
 
+def _weights(closure: Closure, values: list) -> list:
+    return _each(_dense, values, [*closure.cotangents["hoisted"], *closure.cotangents["params"]])
+
+
+def _padded(leaf: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(leaf, [(0, rows)] + [(0, 0)] * (leaf.ndim - 1)) if rows else leaf
+
+
+def _joined(new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.concatenate([new, old])
+
+
+def _plus(a: Value, b: Value) -> Value:
+    return b if a is ZERO else a if b is ZERO else a + b
+
+
 def _dense(value: Value, kind: Any) -> jax.Array:
     return zeros(kind) if value is ZERO else value
-
-
-def _where_or_zero(live: Any, value: jax.Array) -> jax.Array:
-    return jnp.where(live, value, jnp.zeros((), value.dtype))
-
-
-def _add(total: jax.Array, live: Any, value: Value) -> jax.Array:
-    if value is ZERO:
-        return total
-    return total + _where_or_zero(live, value).astype(total.dtype)
-
-
-def _accumulator(kind: Any) -> jax.Array:
-    """Zeros to sum a window in: half precisions are summed in float32 and rounded once."""
-    start = zeros(kind)
-    narrow = jnp.issubdtype(kind.dtype, jnp.floating) and jnp.finfo(kind.dtype).bits < 32
-    return start.astype(jnp.float32) if narrow else start

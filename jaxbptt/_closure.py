@@ -11,6 +11,7 @@ Gradients flow through floating and complex leaves only; the others (integers,
 booleans, keys) take part in `forward` and are no part of a pullback.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
@@ -19,55 +20,39 @@ import jax
 from jax import numpy as jnp
 from jax.extend import core
 
-from jaxbptt import _errors
-from jaxbptt._avals import LeafType, TreeType, canonical, leaf_type, type_of
-from jaxbptt._interpret import (
-    UNKNOWN,
-    ZERO,
-    Marker,
-    drop,
-    interpret,
-    known_rule,
-    merge,
-    prune,
-    zero_rule,
-)
-from jaxbptt._types import PyTree, StepFn
+from jaxbptt._contract import Split, split
+from jaxbptt._interpret import UNKNOWN, ZERO, drop, interpret, known_rule, prune, zero_rule
+from jaxbptt._step import trace_step
+from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type
 
 Mask: TypeAlias = tuple[bool, ...]
 Consts: TypeAlias = dict[str, list]
 
-_INPUTS = ("step", "params", "carry", "x")  # groups of input leaves; "step": closed over by it
-
-
-class Program:
-    """A jaxpr apart from the arrays it closes over; outputs known beforehand are Markers."""
-
-    def __init__(self, closed: core.ClosedJaxpr, kinds: Sequence[Marker | None]):
-        self.jaxpr, self.consts, self.kinds = closed.jaxpr, list(closed.consts), kinds
-
-    def __call__(self, consts: list, args: Iterable) -> list:
-        outs = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))(*args)
-        return merge(outs, self.kinds)
+# Groups of input leaves. "hoisted" are the arrays that the step closes over.
+_WEIGHTS = ("hoisted", "params")
+_INPUTS = (*_WEIGHTS, "carry", "x")
 
 
 @dataclasses.dataclass(frozen=True)
 class Closure:
     """A traced step and its pullback, in flat leaves.
 
-    `consts` are the arrays closed over: by the step (its implicit parameters) and by
-    each program. They may be tracers of an outer transformation, so whoever puts the
-    programs inside a `custom_vjp` passes them as arguments and calls `bind`.
+    `consts` holds the arrays closed over: "hoisted" by the step (its implicit
+    parameters), and by each program under its name. They may be tracers of an outer
+    transformation, so whoever puts the programs inside a `custom_vjp` passes them as
+    arguments and calls `bind`.
     """
 
     consts: Consts
-    programs: dict[str, Program]
+    programs: dict[str, core.Jaxpr]
     outputs: TreeType  # of (carry, y, aux)
-    masks: dict[str, Mask]  # the differentiable leaves of step, params, carry, x and y
+    cotangents: dict[str, list[Any]]  # abstract values of the pullback's outputs, by group
+    masks: dict[str, Mask]  # the differentiable leaves of hoisted, params, carry, x and y
     picked: tuple[int, ...]  # positions of the residuals, each value once
     place: tuple[int, ...]  # of each residual, its index in `picked`
     fixed: Mask  # of each picked residual: is it derived instead of recorded?
     slot: tuple[LeafType, ...]  # what one step leaves on the ring
+    zero_outs: tuple[bool, ...]  # outputs of `pull` that are zero when ȳ is
 
     def bind(self, consts: Consts) -> "Closure":
         """The same closure over other arrays."""
@@ -75,8 +60,7 @@ class Closure:
 
     def forward(self, params: list, carry: list, x: list) -> tuple[PyTree, list, list]:
         """The step: (carry, y, aux), the residuals for the ring, and the fixed ones."""
-        args = [*self.consts["step"], *params, *carry, *x]
-        outs = self.programs["forward"](self.consts["forward"], args)
+        outs = self._run("forward", [*self.consts["hoisted"], *params, *carry, *x])
         n = len(self.outputs.leaves)
         residuals = [outs[n + i] for i in self.picked]
         recorded, fixed = pick(self.fixed, residuals, False), pick(self.fixed, residuals)
@@ -84,27 +68,39 @@ class Closure:
 
     def derive(self, params: list) -> list:
         """The fixed residuals, from the parameters alone."""
-        return self.programs["derive"](self.consts["derive"], [*self.consts["step"], *params])
+        return self._run("derive", [*self.consts["hoisted"], *params])
 
-    def pull(
-        self, recorded: list, fixed: list, ct_carry: list, ct_y: list | None
-    ) -> dict[str, list]:
-        """Applies the closure: cotangents of step, params, carry and x, or ZERO.
-
-        `ct_y=None` is a zero cotangent of y, and what only y leads to costs nothing.
-        """
+    def residuals(self, recorded: list, fixed: list) -> list:
+        """Every residual in its place, as the pullbacks take them."""
         values = fill(self.fixed, fixed, recorded)
-        name = "pull_carry" if ct_y is None else "pull"
-        args = [*(values[i] for i in self.place), *ct_carry, *(ct_y or ())]
-        outs = iter(self.programs[name](self.consts[name], args))
-        return {group: [next(outs) for m in self.masks[group] if m] for group in _INPUTS}
+        return [values[i] for i in self.place]
 
-    def cotangents_of(self, group: str) -> list[Any]:
-        """The abstract values of the cotangents that `pull` gives for a group of inputs."""
-        counts = [sum(self.masks[g]) for g in _INPUTS]
-        start = sum(counts[: _INPUTS.index(group)])
-        outs = self.programs["pull"].jaxpr.outvars
-        return [v.aval for v in outs[start : start + sum(self.masks[group])]]
+    def split(self, name: str, wanted: Sequence[str]) -> Split:
+        """The program "pull" or "pull_carry", divided, with these groups wanted at each lag."""
+        jaxpr = self.programs[name]
+        outs: Iterable = jaxpr.outvars
+        if name == "pull_carry":
+            outs = fill(self.zero_outs, [ZERO] * sum(self.zero_outs), outs)
+        rest = iter(outs)
+        of = {group: [next(rest) for _ in self.cotangents[group]] for group in _INPUTS}
+        constant = [self.fixed[i] for i in self.place]
+        constant += [False] * (len(jaxpr.invars) - len(constant))
+        weights = [v for group in _WEIGHTS for v in of[group]]
+        return split(jaxpr, constant, weights, [v for group in wanted for v in of[group]])
+
+    @property
+    def indifferent_to_y(self) -> bool:
+        """Whether a zero ȳ saves the pullback nothing but additions."""
+        pull, pull_carry = (_heavy(self.programs[name]) for name in ("pull", "pull_carry"))
+        return pull == pull_carry
+
+    def by_group(self, weights: list) -> dict[str, list]:
+        """A flat list over the weights, by group."""
+        n = len(self.cotangents["hoisted"])
+        return {"hoisted": weights[:n], "params": weights[n:]}
+
+    def _run(self, name: str, args: list) -> list:
+        return core.jaxpr_as_fun(core.ClosedJaxpr(self.programs[name], self.consts[name]))(*args)
 
 
 def trace(
@@ -123,43 +119,43 @@ def trace(
     Raises:
         TypeError: the step doesn't return a pair, or not a carry of the type it was given.
     """
-    flow, outputs = _trace_step(step, params, carry, x, has_aux)
+    flow, outputs = trace_step(step, params, carry, x, has_aux)
     groups = dict(zip(_INPUTS, map(jax.tree.leaves, (flow.consts, params, carry, x)), strict=True))
-    y = jax.tree.leaves(outputs.tree()[1])
-    masks = {name: _differentiable(leaves) for name, leaves in (groups | {"y": y}).items()}
+    masks = {name: _differentiable(leaves) for name, leaves in groups.items()}
+    masks["y"] = _differentiable(jax.tree.leaves(outputs.tree()[1]))
     # Nobody can ask for the gradient of a closed-over array that isn't a tracer.
-    masks["step"] = tuple(
+    masks["hoisted"] = tuple(
         m and isinstance(c, jax.core.Tracer)
-        for m, c in zip(masks["step"], flow.consts, strict=True)
+        for m, c in zip(masks["hoisted"], flow.consts, strict=True)
     )
-    programs: dict[str, Program] = {}
+    found: dict[str, Any] = {}
 
     def record(*leaves):
-        outs, pull = _vjp(flow, leaves, masks)
-        residuals, apply = _unpack(pull)
-        cts = pick(masks["carry"] + masks["y"], outs[: len(groups["carry"]) + len(y)])
-        programs.update(_trace_pull(apply, residuals, cts, sum(masks["carry"])))
+        outs, residuals, pulls = _vjp(flow, leaves, masks)
+        found.update(pulls)
         return [*outs, *residuals]
 
-    closed = jax.make_jaxpr(record)(*(leaf for leaves in groups.values() for leaf in leaves))
-    variables = closed.jaxpr.outvars[len(outputs.leaves) :]
-    first: dict[int, int] = {}
+    forward = jax.make_jaxpr(record)(*(leaf for leaves in groups.values() for leaf in leaves))
+    variables = forward.jaxpr.outvars[len(outputs.leaves) :]
+    first: dict[int, int] = {}  # the same value may be a residual more than once
     for i, v in enumerate(variables):
         first.setdefault(id(v), i)
-    programs["forward"] = Program(closed, [None] * len(closed.jaxpr.outvars))
-    programs["derive"], fixed = _trace_derive(
-        closed, groups, [len(outputs.leaves) + i for i in first.values()], stored
-    )
-    recorded = pick(fixed, [variables[i] for i in first.values()], False)
+    positions = [len(outputs.leaves) + i for i in first.values()]
+    derive, fixed = _trace_derive(forward, groups, positions, stored)
+    programs = {"forward": forward, "derive": derive}
+    programs |= {"pull": found["pull"], "pull_carry": found["pull_carry"]}
+    cotangents = iter(v.aval for v in programs["pull"].jaxpr.outvars)
     return Closure(
-        consts={"step": list(flow.consts)} | {name: p.consts for name, p in programs.items()},
-        programs=programs,
+        consts={"hoisted": list(flow.consts)} | {k: list(p.consts) for k, p in programs.items()},
+        programs={k: p.jaxpr for k, p in programs.items()},
         outputs=outputs,
+        cotangents={g: [next(cotangents) for _ in range(sum(masks[g]))] for g in _INPUTS},
         masks=masks,
         picked=tuple(first.values()),
         place=tuple(list(first).index(id(v)) for v in variables),
         fixed=fixed,
-        slot=tuple(leaf_type(v.aval) for v in recorded),
+        slot=tuple(leaf_type(variables[i].aval) for i in pick(fixed, list(first.values()), False)),
+        zero_outs=found["zero_outs"],
     )
 
 
@@ -178,52 +174,33 @@ def _differentiable(leaves: Iterable) -> Mask:
     return tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
 
 
-def _trace_step(
-    step: StepFn, params: PyTree, carry: PyTree, x: PyTree, has_aux: bool
-) -> tuple[core.ClosedJaxpr, TreeType]:
-    """The step as a jaxpr, what it closes over among its consts; the type of its outputs."""
-
-    def checked(params, carry, x):
-        pair = step(params, carry, x)
-        _errors.is_pair(pair, what="a pair (carry, y)", remedy="Return None for y if there is none.")
-        new_carry, y = pair
-        aux = None
-        if has_aux:
-            what = "y as a pair (y, aux) because has_aux=True"
-            _errors.is_pair(y, what=what, remedy="Return (carry, (y, aux)).")
-            y, aux = y
-        new_carry = canonical(new_carry, "the carry that step returned", TypeError)
-        _errors.same_type(
-            "step must return a carry of the type it was given",
-            type_of(carry),
-            type_of(new_carry),
-            "Return the carry in the containers, shapes and dtypes that it came in, "
-            "e.g. with h.astype(jnp.float32).",
-            error=TypeError,
-        )
-        return new_carry, *canonical((y, aux), "the y that step returned", TypeError)
-
-    closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
-    return closed, type_of(shapes)
+def _heavy(jaxpr: core.Jaxpr) -> collections.Counter:
+    """How often a jaxpr calls for more than elementwise work."""
+    names = ("dot_general", "conv_general_dilated", "scan", "while", "cond", "scatter-add")
+    return collections.Counter(e.primitive.name for e in jaxpr.eqns if e.primitive.name in names)
 
 
-def _vjp(flow: core.ClosedJaxpr, leaves: Sequence, masks: dict[str, Mask]) -> tuple[list, Any]:
-    """Outputs of the step and its `jax.vjp` closure over the differentiable leaves."""
+def _vjp(
+    flow: core.ClosedJaxpr, leaves: Sequence, masks: dict[str, Mask]
+) -> tuple[list, list, dict[str, Any]]:
+    """Outputs of the step, its residuals, and its pullbacks as jaxprs."""
     mask = [m for group in _INPUTS for m in masks[group]]
-    n, n_carry = len(flow.consts), len(masks["carry"])
     outs_mask = masks["carry"] + masks["y"]
+    n = len(flow.consts)
 
     def primal(*differentiable):
         every = fill(mask, differentiable, pick(mask, leaves, False))
         outs = core.jaxpr_as_fun(core.ClosedJaxpr(flow.jaxpr, every[:n]))(*every[n:])
-        return pick(outs_mask, outs[: n_carry + len(masks["y"])]), outs
+        return pick(outs_mask, outs[: len(outs_mask)]), outs
 
     _, pull, outs = jax.vjp(primal, *pick(mask, leaves), has_aux=True)
-    return outs, pull
+    residuals, apply = _unpack(pull)
+    examples = pick(outs_mask, outs[: len(outs_mask)])
+    return outs, residuals, _trace_pulls(apply, residuals, examples, sum(masks["carry"]))
 
 
 def _unpack(pull: Any) -> tuple[list, Any]:
-    """The residuals of a closure, keys as raw numbers, and the function that applies it to such."""
+    """The residuals of a closure, keys as raw numbers, and how to apply it to such."""
     leaves, treedef = jax.tree.flatten(pull)
     is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
     # A ring of typed keys can't be filled with zeros.
@@ -240,36 +217,37 @@ def _unpack(pull: Any) -> tuple[list, Any]:
     return raw, apply
 
 
-def _trace_pull(apply: Any, residuals: list, cts: list, n_carry: int) -> dict[str, Program]:
-    """The programs `pull` and `pull_carry`; `cts` are examples of the cotangents."""
-    pull = prune(jax.make_jaxpr(apply)(residuals, cts))
-    kinds: list = []
+def _trace_pulls(apply: Any, residuals: list, cts: list, n_carry: int) -> dict[str, Any]:
+    """The closure as flat jaxprs, for all cotangents and for those of the carry alone."""
+    closed = jax.make_jaxpr(apply)(residuals, cts)
+    zero: list[bool] = []
 
-    def without_y(residuals, ct_carry):
-        args = [*residuals, *ct_carry, *[ZERO] * (len(cts) - n_carry)]
-        outs = interpret(pull.jaxpr, pull.consts, args, zero_rule)
-        kinds[:] = [v if v is ZERO else None for v in outs]
+    def flat(*args):
+        return interpret(closed.jaxpr, closed.consts, args, zero_rule)
+
+    def without_y(*args):
+        outs = flat(*args, *[ZERO] * (len(cts) - n_carry))
+        zero[:] = [v is ZERO for v in outs]
         return drop(outs, outs)
 
-    pull_carry = prune(jax.make_jaxpr(without_y)(residuals, cts[:n_carry]))
-    return {
-        "pull": Program(pull, [None] * len(pull.jaxpr.outvars)),
-        "pull_carry": Program(pull_carry, kinds),
-    }
+    pull = prune(jax.make_jaxpr(flat)(*residuals, *cts))
+    pull_carry = prune(jax.make_jaxpr(without_y)(*residuals, *cts[:n_carry]))
+    return {"pull": pull, "pull_carry": pull_carry, "zero_outs": tuple(zero)}
 
 
 def _trace_derive(
     forward: core.ClosedJaxpr, groups: dict[str, list], positions: list[int], stored: bool
-) -> tuple[Program, Mask]:
+) -> tuple[core.ClosedJaxpr, Mask]:
     """The program for the outputs at `positions` that are known without carry and x."""
-    kinds: list = []
+    fixed: list[bool] = []
 
     def known(hoisted, params):
         parameters = [UNKNOWN if stored else v for v in (*hoisted, *params)]
         unknown = [UNKNOWN] * (len(groups["carry"]) + len(groups["x"]))
         outs = interpret(forward.jaxpr, forward.consts, [*parameters, *unknown], known_rule)
-        kinds[:] = [outs[i] if outs[i] is UNKNOWN else None for i in positions]
-        return drop([outs[i] for i in positions], kinds)
+        values = [outs[i] for i in positions]
+        fixed[:] = [v is not UNKNOWN for v in values]
+        return drop(values, values)
 
-    closed = prune(jax.make_jaxpr(known)(groups["step"], groups["params"]))
-    return Program(closed, [None] * len(closed.jaxpr.outvars)), tuple(k is None for k in kinds)
+    closed = prune(jax.make_jaxpr(known)(groups["hoisted"], groups["params"]))
+    return closed, tuple(fixed)

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from jaxbptt import _errors
-from jaxbptt._avals import LeafType, TreeType, canonical, type_of, zeros
+from jaxbptt._avals import canonical, zeros
 from jaxbptt._closure import Closure, Mask, fill, pick
-from jaxbptt._types import PyTree
+from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
 _FLOAT0 = jax.dtypes.float0
 
@@ -24,7 +24,7 @@ def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list
 def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
     """The differentiable leaves of `ct_carry`, which may be None for zero."""
     if ct_carry is None:
-        return [zeros(kind) for kind in closure.cotangents_of("carry")]
+        return [zeros(kind) for kind in closure.cotangents["carry"]]
     ct_carry = _canonical(ct_carry, "ct_carry")
     return _checked(type_of(carry), ct_carry, "ct_carry", "of the carry")
 
@@ -58,9 +58,9 @@ def _checked(
         remedy += " Integers take float0 cotangents: numpy.zeros(shape, jax.dtypes.float0)."
     _errors.same_type(
         f"{name} must have the structure, shapes and dtypes {of}",
+        name,
         TreeType(primal.treedef, expected),
         type_of(ct),
         remedy,
-        error=ValueError,
     )
     return [v for v, leaf in zip(jax.tree.leaves(ct), primal.leaves, strict=True) if leaf.differentiable]

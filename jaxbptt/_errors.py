@@ -1,15 +1,18 @@
 """Builds every message: which argument, what was expected, what came, where, what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from jaxbptt._avals import LeafType, TreeType, leaf_type
+from jaxbptt._types import LeafType, TreeType, leaf_type
 
 _SHOWN = 8  # differing leaves listed before "and n more"
+_KEEP_CARRY = (
+    "Make a tape with this recorder's init; the carry can be kept: rec.init(params, tape.carry, x)."
+)
 
 
 def positive_int(name: str, value: Any) -> None:
@@ -32,48 +35,65 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {choices}, but got {value!r}.")
 
 
-def is_pair(value: Any, *, what: str, remedy: str) -> None:
-    """Refuses a step's return value that is not a pair."""
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        came = f"a {type(value).__name__}"
-        if isinstance(value, tuple | list):
-            came += f" of length {len(value)}"
-        raise TypeError(f"step must return {what}, but it returned {came}. {remedy}")
-
-
-def same_type(
-    lead: str, expected: TreeType, got: TreeType, remedy: str, *, error: type[Exception]
-) -> None:
-    """Raises `error` unless two tree types agree, listing each leaf that differs.
-
-    Args:
-        lead: the start of the sentence, e.g. "carry must be of the type on the tape".
-        expected: the type wanted.
-        got: the type that came.
-        remedy: a sentence that says what to do.
-        error: `TypeError` for what a step returns, `ValueError` otherwise.
-    """
-    if expected == got:
-        return
-    wanted, came = _by_path(expected), _by_path(got)
-    rows = [
-        f"{path or 'the value itself'}: {_side(wanted, path, 'expected')}, {_side(came, path, 'got')}"
-        for path in dict.fromkeys([*wanted, *came])
-        if wanted.get(path) != came.get(path)
-    ]
-    if not rows:  # the same leaves in other containers
-        rows = [f"the containers: {expected.treedef} expected, {got.treedef} got"]
-        counted = "the containers differ"
-    else:
-        counted = f"{len(rows)} of {len(wanted)} leaves differ{'s' if len(rows) == 1 else ''}"
-    raise error(f"{lead}, but {counted}:\n{_bullets(rows)}\n{remedy}")
-
-
 def not_callable(step: Any) -> ValueError:
     """The error for something else where the step function belongs."""
     return ValueError(
         f"step must be a function step(params, carry, x) -> (carry, y), but got {_kind(step)}."
     )
+
+
+def is_pair(value: Any, what: str, remedy: str) -> None:
+    """Refuses a step's return value that is not a pair."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"step must return {what}, but it returned {_kind(value)}. {remedy}")
+
+
+def same_type(
+    lead: str,
+    name: str,
+    expected: TreeType,
+    got: TreeType,
+    remedy: str,
+    *,
+    words: tuple[str, str] = ("expected", "got"),
+    error: type[Exception] = ValueError,
+) -> None:
+    """Raises `error` unless two tree types agree, listing each leaf that differs.
+
+    Args:
+        lead: the start of the sentence, e.g. "carry must be of the type on the tape".
+        name: what leads to the tree, put before each path.
+        expected: the type wanted.
+        got: the type that came.
+        remedy: a sentence that says what to do.
+        words: what to call the type wanted and the one that came, in the list.
+        error: `TypeError` for what a step returns, `ValueError` otherwise.
+    """
+    if expected == got:
+        return
+    wanted, came = _by_path(expected), _by_path(got)
+    differ = [path for path in {**wanted, **came} if wanted.get(path) != came.get(path)]
+    rows = [
+        f"{name}{path}: {_type_at(wanted, path)} {words[0]}, {_type_at(came, path)} {words[1]}"
+        for path in differ
+    ]
+    if not rows:  # the same leaves in other containers
+        rows = [f"{name}: {expected.treedef} {words[0]}, {got.treedef} {words[1]}"]
+    if wanted.keys() == came.keys() and differ:
+        count = f"{len(rows)} of {len(wanted)} leaves differ{'s' if len(rows) == 1 else ''}"
+    else:
+        count = "the structure differs"
+    raise error(f"{lead}, but {count}:\n{_bullets(rows)}\n{remedy}")
+
+
+def not_an_array(path: str, leaf: Any, giver: str, error: type[Exception]) -> Exception:
+    """The error for a leaf that JAX can't make an array of."""
+    remedy = (
+        "Leave out of it what is not an array."
+        if giver
+        else "Let the step close over what is not an array."
+    )
+    return error(f"{giver}{path} must be an array or a number, but got {_kind(leaf)}. {remedy}")
 
 
 def is_tape(value: Any, tape_class: type) -> None:
@@ -86,31 +106,27 @@ def is_tape(value: Any, tape_class: type) -> None:
         )
 
 
-def tape_as_carry() -> ValueError:
-    """The error for a tape where a carry belongs."""
-    return ValueError(
-        "carry must be the carry that the step takes, but got a Tape. "
-        "Pass tape.carry, or call the recorder with the tape: rec(params, tape, x)."
-    )
+def no_tape(name: str, value: Any, tape_class: type) -> None:
+    """Refuses a tape where params, a carry or x belongs."""
+    if isinstance(value, tape_class):
+        remedy = "Pass tape.carry." if name == "carry" else "Mind the order: params, tape, x."
+        raise ValueError(f"{name} must be what the step takes as {name}, but got a Tape. {remedy}")
 
 
 def other_setting(name: str, wanted: Any, got: Any) -> ValueError:
     """The error for a tape made by a recorder with another window, every or weights."""
     return ValueError(
-        f"tape was made by a recorder with {name}={got!r}, but this one has {name}={wanted!r}. "
-        "Make a tape with this recorder's init; its carry can be kept: "
-        "rec.init(params, tape.carry, x)."
+        f"tape must be from a recorder with {name}={wanted!r}, but was made by one with "
+        f"{name}={got!r}. {_KEEP_CARRY}"
     )
 
 
-def other_residuals(expected: Iterable[LeafType], got: Iterable[LeafType]) -> ValueError:
+def other_residuals(expected: Sequence[LeafType], got: Sequence[LeafType]) -> ValueError:
     """The error for a ring that another step, or another version of JAX, has laid out."""
-    wanted, came = [str(t) for t in expected], [str(t) for t in got]
+    wanted, came = (", ".join(map(str, types)) or "nothing" for types in (expected, got))
     return ValueError(
-        "tape was recorded by another step: in each slot expected the residuals "
-        f"({', '.join(wanted) or 'none'}), but got ({', '.join(came) or 'none'}). "
-        "Make a tape with this recorder's init; its carry can be kept: "
-        "rec.init(params, tape.carry, x)."
+        f"tape must be of this recorder's step, which leaves in each slot ({wanted}), but was "
+        f"recorded by another step: it holds ({came}). {_KEEP_CARRY}"
     )
 
 
@@ -126,29 +142,30 @@ def loss_not_scalar(got: TreeType, every: int) -> TypeError:
 
 def rows_of(ct_ys: TreeType, window: int) -> int:
     """How many steps the cotangents `ct_ys` are for: the length of each leaf's first axis."""
-    lengths = {path: leaf.shape[0] if leaf.shape else 0 for path, leaf in _by_path(ct_ys).items()}
+    lengths = {path: leaf.shape[:1] for path, leaf in _by_path(ct_ys).items()}
     if len(set(lengths.values())) > 1:
-        rows = [f"ct_ys{path}: {n}" for path, n in lengths.items()]
+        rows = [f"ct_ys{path}: {n[0] if n else 'no axis'}" for path, n in lengths.items()]
         raise ValueError(
-            "ct_ys must have the same first axis, over time steps, in all leaves, but got lengths\n"
-            f"{_bullets(rows)}\nStack the cotangents of the steps, oldest first."
+            "ct_ys must have the same first axis, over time steps, in all leaves, but got "
+            f"lengths\n{_bullets(rows)}\nStack the cotangents of the steps, oldest first."
         )
-    count = next(iter(lengths.values()), 1)
-    if not 1 <= count <= window:
+    length = next(iter(lengths.values()), (1,))
+    if not length or not 1 <= length[0] <= window:
+        came = f"length {length[0]}" if length else "a scalar"
         raise ValueError(
-            f"ct_ys must have a first axis over 1 to window={window} steps, oldest first, "
-            f"but got {count or 'none'}. Of one step: ct[None]; of more steps than the window "
-            "holds: pull back earlier, or record with a longer window."
+            f"ct_ys must have a first axis over 1 to window={window} steps, oldest first, but got "
+            f"{came}. Of one step: ct[None]; of more steps than the window holds: pull back "
+            "earlier, or record with a longer window."
         )
-    return count
+    return length[0]
 
 
 def _by_path(kind: TreeType) -> dict[str, LeafType]:
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(kind.tree())[0]}
 
 
-def _side(leaves: dict[str, LeafType], path: str, word: str) -> str:
-    return f"{leaves[path]} {word}" if path in leaves else f"nothing {word}"
+def _type_at(leaves: dict[str, LeafType], path: str) -> str:
+    return str(leaves[path]) if path in leaves else "nothing"
 
 
 def _bullets(rows: list[str]) -> str:
@@ -160,5 +177,10 @@ def _bullets(rows: list[str]) -> str:
 
 def _kind(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array {leaf_type(value)}"
+        noun = "a ShapeDtypeStruct" if isinstance(value, jax.ShapeDtypeStruct) else "an array"
+        return f"{noun} {leaf_type(value)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of length {len(value)}"
+    if isinstance(value, str | int | float | bool) or value is None:
+        return repr(value)
     return f"a {type(value).__name__}"

@@ -3,8 +3,8 @@
 Two questions about a step are answered by reading its jaxpr rather than by
 comparing arrays: which values depend on neither carry nor x (marker UNKNOWN on
 those two), and what remains of a pullback when a cotangent is zero (marker ZERO).
-Both walk the equations in order, bind what has arrays only, look inside calls
-(`jit`, `checkpoint`), and leave the rest to a rule.
+Both walk the equations in order, bind what has arrays only, put the equations of a
+call (`jit`, `checkpoint`) in its place, and leave the rest to a rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,12 +48,12 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        if not any(isinstance(v, Marker) for v in values):
-            outs = bind(eqn, values)
-        elif eqn.primitive.name in _CALLS:
+        if eqn.primitive.name in _CALLS:
             outs = interpret(*_called(eqn), values, rule)
-        else:
+        elif any(isinstance(v, Marker) for v in values):
             outs = rule(eqn, values)
+        else:
+            outs = bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

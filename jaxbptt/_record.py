@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors, _tape
-from jaxbptt._avals import canonical, struct_of, type_of
+from jaxbptt._avals import canonical, struct_of
 from jaxbptt._call import call, tape_window
 from jaxbptt._chain import pull_window
 from jaxbptt._closure import Closure, trace
 from jaxbptt._cotangents import given_ct_carry, given_ct_ys, with_float0
 from jaxbptt._tape import Settings, Tape
-from jaxbptt._types import PyTree, StepFn
+from jaxbptt._types import PyTree, StepFn, type_of
 
 
 class Cotangents(NamedTuple):
@@ -64,9 +64,9 @@ class Recorder:
             TypeError: the step doesn't return `(carry, y)` with the carry's type.
             ValueError: `carry` is a tape, or a leaf isn't an array.
         """
-        if isinstance(carry, Tape):
-            raise _errors.tape_as_carry()
-        params, x = canonical(params, "params"), canonical(x, "x")
+        for name, value in (("params", params), ("carry", carry), ("x", x)):
+            _errors.no_tape(name, value, Tape)
+        params, x = canonical(params, "params", structs=True), canonical(x, "x", structs=True)
         carry = jax.tree.map(jnp.copy, canonical(carry, "carry"))
         slot = self._trace(params, carry, x).slot
         return _tape.blank(carry, slot, self._settings(params, carry, x))
@@ -96,6 +96,8 @@ class Recorder:
             One step and one slot written; in reverse mode `window` pullbacks of the step.
         """
         _errors.is_tape(tape, Tape)
+        _errors.no_tape("params", params, Tape)
+        _errors.no_tape("x", x, Tape)
         params, x = canonical(params, "params"), canonical(x, "x")
         closure = self._resume(params, tape, x)
         tape, y, aux = call(closure, tape, params, x)
@@ -134,11 +136,12 @@ class Recorder:
         lam = given_ct_carry(closure, tape.carry, ct_carry)
         fixed = closure.derive(jax.tree.leaves(params))
         steps = min(self.window, rows + max(self.window - self.every, 0))
-        ct = pull_window(closure, tape_window(tape, fixed, steps), lam, ct_ys, rows)
+        window = tape_window(tape, fixed, steps)
+        ct = pull_window(closure, window, lam, ct_ys, rows, keep_xs=True)
         missing = self.window - steps
         xs = [jnp.pad(jnp.flip(v, 0), [(missing, 0)] + [(0, 0)] * (v.ndim - 1)) for v in ct.xs]
         return Cotangents(
-            with_float0(closure.masks["params"], ct.params, params),
+            with_float0(closure.masks["params"], closure.by_group(ct.weights)["params"], params),
             with_float0(closure.masks["carry"], ct.carry, tape.carry),
             with_float0(closure.masks["x"], xs, x, (self.window,)),
         )
@@ -172,7 +175,7 @@ class Recorder:
         given = {"params": params, "tape.carry": tape.carry, "x": x}
         for name, kind in (("params", made.params), ("tape.carry", made.carry), ("x", made.x)):
             lead = f"{name} must be of the type that the tape was made for"
-            _errors.same_type(lead, kind, type_of(given[name]), remedy, error=ValueError)
+            _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
         closure = self._trace(params, tape.carry, x)
         if closure.slot != _tape.layout(tape):
             raise _errors.other_residuals(closure.slot, _tape.layout(tape))

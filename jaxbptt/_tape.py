@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._avals import LeafType, TreeType, canonical, leaf_type, type_of, zeros
-from jaxbptt._types import PyTree
+from jaxbptt._avals import canonical, zeros
+from jaxbptt._types import LeafType, PyTree, TreeType, leaf_type, type_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +66,14 @@ class Tape:
         Raises:
             ValueError: `carry` is not of the type of the carry on the tape.
         """
-        if isinstance(carry, Tape):
-            raise _errors.tape_as_carry()
+        _errors.no_tape("carry", carry, Tape)
         carry = canonical(carry, "carry")
         _errors.same_type(
             "carry must be of the type of the carry on the tape",
+            "carry",
             type_of(self.carry),
             type_of(carry),
             "Cast or reshape it, or make a new tape with init.",
-            error=ValueError,
         )
         return dataclasses.replace(self, carry=carry)
 

@@ -1,6 +1,10 @@
-"""The shapes of the things that users hand in: pytrees and step functions."""
+"""What users hand in: pytrees, step functions, and the types of trees, compared by value."""
 
+import dataclasses
 from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
 
 PyTree: TypeAlias = Any
 """Any nesting of containers that JAX knows, with arrays (or None) at the leaves."""
@@ -12,3 +16,51 @@ class StepFn(Protocol):
     def __call__(self, params: PyTree, carry: PyTree, x: PyTree, /) -> tuple[PyTree, PyTree]:
         """Returns the next carry, of the type of `carry`, and the output y."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafType:
+    """Shape and dtype of one leaf, equal when these are.
+
+    `vma` (the mesh axes over which the leaf varies inside `shard_map`) rides along
+    and does not count: a tape means the same inside and outside.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    vma: frozenset = dataclasses.field(default=frozenset(), compare=False)
+
+    def __str__(self) -> str:
+        name = "float0" if self.dtype == jax.dtypes.float0 else self.dtype
+        return f"{name}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients can flow through such a leaf at all."""
+        return jnp.issubdtype(self.dtype, jnp.inexact)
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeType:
+    """Structure of a pytree with the types of its leaves: static, hashable, equal by value."""
+
+    treedef: jax.tree_util.PyTreeDef
+    leaves: tuple[LeafType, ...]
+
+    def tree(self) -> PyTree:
+        """The pytree with a `LeafType` at each leaf."""
+        return self.treedef.unflatten(self.leaves)
+
+
+def type_of(tree: PyTree) -> TreeType:
+    """The type of a pytree of arrays, tracers or ShapeDtypeStructs."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return TreeType(treedef, tuple(leaf_type(leaf) for leaf in leaves))
+
+
+def leaf_type(leaf: Any) -> LeafType:
+    """The type of one array, tracer, abstract value or ShapeDtypeStruct."""
+    if isinstance(leaf, jax.Array):
+        leaf = jax.typeof(leaf)
+    vma = getattr(leaf, "vma", None) or frozenset()
+    return LeafType(tuple(leaf.shape), leaf.dtype, vma)

@@ -1,0 +1,242 @@
+"""The main job at the command line: a character model trained online on real text."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from jaxbptt._demo_text import UsageError, Text, prepare, read
+
+if TYPE_CHECKING:
+    from jaxbptt._demo import Model, Run, Settings
+    from jaxbptt._demo_look import Seen
+
+_LARGEST = 2**31 - 1
+_PROMPT, _SAMPLE = 100, 400  # characters
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the main job and returns its exit code.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        0; 2 for a fault in the text or an option, said in one line on stderr; 130 if
+        interrupted, after what there is has been kept.
+    """
+    try:
+        options = _parser().parse_args(argv)
+        for package in ("optax", "matplotlib", "tqdm"):
+            _need(package)
+        return _job(options)
+    except UsageError as fault:
+        print(f"jaxbptt: error: {' '.join(str(fault).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxbptt: interrupted before there was anything to keep", file=sys.stderr)
+        return 130
+
+
+def _job(options: argparse.Namespace) -> int:
+    """Trains, with a baseline beside it, looks at the held-out part, and keeps the results."""
+    from jaxbptt._demo import Model, Settings, tape_bytes
+    from jaxbptt._demo_look import look, sample
+
+    text = prepare(*read(options.text), streams=options.batch, window=options.window)
+    _check_writable(options.out)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    if settings.every > settings.steps:
+        raise UsageError("--every must be at most --steps, or there is never a gradient.")
+    baseline = dataclasses.replace(settings, window=1, every=1)
+    plans = [settings] if options.no_baseline or settings == baseline else [settings, baseline]
+    model = Model(settings.cell, settings.hidden, len(text.characters))
+    _say(
+        f"text   {text.name}: {len(text.train):,} characters to train on, "
+        f"{text.held_out.size:,} held out, {model.symbols} different\n"
+        f"model  {model.cell}, hidden {model.hidden}, {settings.batch} streams\n"
+        f"tape   {settings.label}, weights {settings.weights}: "
+        f"{tape_bytes(model, settings):,} bytes"
+    )
+    done: list[Seen] = []
+    with _interrupts() as stopped:
+        for plan in plans:
+            if not (done and stopped()):
+                run = _train(model, text, plan, stopped)
+                done.append(look(model, run, text.held_out, 2 * settings.window))
+        prompt = text.held_out[:_PROMPT, -1]
+        drawn = sample(model, done[0].run.params, prompt, _SAMPLE, settings.seed)
+        said = text.decode(drawn)
+        _keep(options.out, text, done, said, stopped())
+    _tell(done, said, options.out)
+    if stopped():
+        last = done[-1].run
+        _say(f"interrupted after {last.steps} of {settings.steps} steps of {last.settings.label}")
+        return 130
+    return 0
+
+
+def _train(model: "Model", text: Text, settings: "Settings", stopped: Callable[[], bool]) -> "Run":
+    """Trains under a progress bar."""
+    from tqdm import tqdm
+
+    from jaxbptt._demo import train
+
+    with tqdm(total=settings.steps, desc=settings.label, unit=" steps", dynamic_ncols=True) as bar:
+
+        def report(steps: int, bits: float) -> None:
+            bar.set_postfix_str(f"{bits:.3f} bits per character", refresh=False)
+            bar.update(steps)
+
+        return train(model, text.train, settings, report=report, stopped=stopped)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT into a question that the loop asks; a second one ends the job."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+
+def _keep(out: Path, text: Text, done: "list[Seen]", said: str, interrupted: bool) -> None:
+    """Writes the parameters, the results and the picture."""
+    facts = {
+        "text": text.name,
+        "characters": text.characters,
+        "settings": dataclasses.asdict(done[0].run.settings),
+        "interrupted": interrupted,
+        "runs": [seen.facts() for seen in done],
+        "sample": said,
+    }
+    from jaxbptt._demo_picture import picture
+
+    params: dict[str, Any] = {k: np.asarray(v) for k, v in done[0].run.params.items()}
+    try:
+        np.savez(
+            out / "parameters.npz", **{k: np.asarray(v) for k, v in done[0].run.params.items()}
+        )
+        (out / "results.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+        picture(done).savefig(out / "curves.png", dpi=120)
+    except OSError as error:
+        raise UsageError(
+            f"--out {str(out)!r} cannot be written: {error.strerror or error}."
+        ) from None
+
+
+def _tell(done: "list[Seen]", said: str, out: Path) -> None:
+    """The results side by side, and the sample."""
+    rows: list[tuple[str, Callable[[Seen], str]]] = [
+        ("", lambda seen: seen.run.settings.label),
+        ("held-out bits per character, before", lambda seen: f"{seen.before:.3f}"),
+        ("held-out bits per character, after", lambda seen: f"{seen.after:.3f}"),
+        ("steps", lambda seen: f"{seen.run.steps:,}"),
+        ("steps per second", lambda seen: f"{seen.run.speed:.0f}"),
+        ("bytes of the tape", lambda seen: f"{seen.run.nbytes:,}"),
+    ]
+    table = [f"{name:36}" + "".join(f"{show(seen):>20}" for seen in done) for name, show in rows]
+    _say("\n".join(["", *table, "", f"a sample after {done[0].run.settings.label}:", said, ""]))
+    _say(f"kept in {out}: parameters.npz, results.json, curves.png")
+
+
+def _say(words: str) -> None:
+    """Prints, whatever the terminal's encoding; a text's control characters are escaped."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in words)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a fault in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="jaxbptt",
+        description="Trains a character-level recurrent language model online on real text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, count = parser.add_argument, _whole(1)
+    add("--text", metavar="FILE", help="UTF-8 text; without it the documentation inside Python")
+    add("--window", type=count, default=20, help="how many steps the gradient reaches back")
+    add("--every", type=count, default=1, help="after how many steps there is a gradient")
+    add("--weights", choices=("stored", "current"), default="current", help="whose parameters")
+    add("--cell", choices=("rnn", "gru", "lstm"), default="gru")
+    add("--hidden", type=count, default=128, help="size of the cell")
+    add("--batch", type=count, default=32, help="streams in parallel")
+    add("--steps", type=count, default=8000)
+    add("--seed", type=_whole(0), default=0)
+    add("--learning-rate", type=_positive, default=0.005, help="of Adam; it falls to 0")
+    add("--out", type=Path, default=Path("runs/text"), metavar="DIR", help="for the results")
+    add("--no-baseline", action="store_true", help="leave out the run with --window 1")
+    return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(given: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= int(given) <= _LARGEST:
+                return int(given)
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {least} to {_LARGEST}, but got {given!r}"
+        )
+
+    return convert
+
+
+def _positive(given: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) < math.inf:
+            return float(given)
+    raise argparse.ArgumentTypeError(f"must be a positive number, but got {given!r}")
+
+
+def _need(package: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise UsageError(
+            f"the main job needs {package}, which is not there. pip install 'jaxbptt[demo]'"
+        ) from None
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UsageError(
+            f"--out {str(out)!r} cannot be written: {error.strerror or error}."
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

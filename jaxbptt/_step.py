@@ -1,0 +1,43 @@
+"""The user's step as a jaxpr, and whether it returns what a step must."""
+
+import jax
+from jax.extend import core
+
+from jaxbptt import _errors
+from jaxbptt._avals import canonical
+from jaxbptt._types import PyTree, StepFn, TreeType, type_of
+
+
+def trace_step(
+    step: StepFn, params: PyTree, carry: PyTree, x: PyTree, has_aux: bool
+) -> tuple[core.ClosedJaxpr, TreeType]:
+    """The step as a jaxpr, with the arrays it closes over as consts, and the type of (carry, y, aux).
+
+    Raises:
+        TypeError: the step doesn't return a pair, or not a carry of the type it was given.
+    """
+
+    def checked(params, carry, x):
+        pair = step(params, carry, x)
+        _errors.is_pair(pair, "a pair (carry, y)", "Several outputs go into y: (carry, (a, b)).")
+        new_carry, y = pair
+        aux = None
+        if has_aux:
+            _errors.is_pair(y, "y as a pair (y, aux), as has_aux=True says", "Return (carry, (y, aux)).")
+            y, aux = y
+        new_carry = canonical(new_carry, "carry", error=TypeError, giver="step returned ")
+        _errors.same_type(
+            "step must return a carry of the type it was given",
+            "carry",
+            type_of(carry),
+            type_of(new_carry),
+            "Return it in the containers, shapes and dtypes that it came in, "
+            "e.g. with h.astype(jnp.float32).",
+            words=("in", "out"),
+            error=TypeError,
+        )
+        y = canonical(y, "y", error=TypeError, giver="step returned ")
+        return new_carry, y, canonical(aux, "aux", error=TypeError, giver="step returned ")
+
+    closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
+    return closed, type_of(shapes)

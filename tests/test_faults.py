@@ -1,0 +1,511 @@
+"""Faults: each is one sentence at trace time, and the tape survives a refused call."""
+
+import re
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbptt
+
+F32 = jnp.float32
+FLOAT0 = jax.dtypes.float0
+PARAMS = {"w": jnp.full((3, 3), 0.3, F32)}
+CARRY = {"h": jnp.zeros(3, F32), "n": jnp.zeros((), jnp.int32)}
+X = jnp.arange(3, dtype=F32)
+ONE = jnp.ones(1, F32)  # a cotangent of the newest y alone
+
+
+def step(params, carry, x):
+    h = jnp.tanh(carry["h"] @ params["w"] + x)
+    return {"h": h, "n": carry["n"] + 1}, h.sum()
+
+
+def vector_step(params, carry, x):
+    carry, _ = step(params, carry, x)
+    return carry, carry["h"]
+
+
+def silent_step(params, carry, x):
+    return step(params, carry, x)[0], None
+
+
+def elementwise_step(params, carry, x):
+    h = jnp.sin(carry["h"] * params["w"][0] + x)
+    return {"h": h, "n": carry["n"]}, h.sum()
+
+
+rec = jaxbptt.record(step, window=4)
+
+
+def recorded_tape(recorder=rec):
+    tape = recorder.init(PARAMS, CARRY, X)
+    for _ in range(2):
+        tape, _ = recorder(PARAMS, tape, X)
+    return tape
+
+
+class Fault(NamedTuple):
+    """A call that is refused: its name, the error, a pattern of the message, the call."""
+
+    name: str
+    error: type[Exception]
+    match: str
+    call: Callable
+
+
+def table(*rows):
+    return pytest.mark.parametrize("fault", [pytest.param(Fault(*r), id=r[0]) for r in rows])
+
+
+def is_a_sentence(message):
+    """What can be checked by machine of the form in which a stranger is told a fault."""
+    counts = re.search(r"(\d+) of (\d+) leaves", message)
+    return (
+        message.endswith((".", "?", ")"))
+        and "Tracer" not in message
+        and "jax._src" not in message
+        and "\n\n" not in message
+        and (counts is None or int(counts[1]) <= int(counts[2]))
+    )
+
+
+def snapshot(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+# ------------------------------------------------------------------ options
+
+BAD_COUNTS = [0, -1, True, np.True_, 2.0, None, "3", [3], np.array(3), jnp.array(3)]
+
+
+@pytest.mark.parametrize("value", BAD_COUNTS, ids=repr)
+@pytest.mark.parametrize("name", ["window", "every"])
+def test_a_count_of_steps_is_a_positive_int(name, value):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name} must be an int of at least 1.*but got {re.escape(repr(value))}\.$",
+    ):
+        jaxbptt.record(step, **({"window": 3} | {name: value}))
+
+
+def test_a_numpy_int_is_an_int():
+    assert jaxbptt.record(step, window=np.int64(3), every=np.int32(2)).window == 3
+
+
+@pytest.mark.parametrize("name", ["window", "every"])
+def test_a_count_of_steps_is_not_traced(name):
+    def make(value):
+        jaxbptt.record(step, **({"window": 3} | {name: value}))
+
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name} must be a Python int known when the loop is traced, but got.*static",
+    ):
+        jax.jit(make)(3)
+
+
+@pytest.mark.parametrize("value", ["Stored", "", None, 0, ["stored"]], ids=repr)
+def test_weights_is_one_of_its_names(value):
+    with pytest.raises(
+        ValueError,
+        match=rf"^weights must be 'stored' or 'current', but got {re.escape(repr(value))}\.$",
+    ):
+        jaxbptt.record(step, window=3, weights=value)
+
+
+def test_step_is_a_function():
+    with pytest.raises(
+        ValueError,
+        match=r"^step must be a function step\(params, carry, x\) -> \(carry, y\), but got a dict",
+    ):
+        jaxbptt.record(PARAMS, window=3)
+
+
+# ----------------------------------------------------- what a step returns
+
+STEP_RETURNS = {
+    "an array": (
+        lambda p, c, x: c["h"],
+        r"step must return a pair \(carry, y\), but it returned an array float32\[3\]",
+    ),
+    "an array of length 2": (
+        lambda p, c, x: jnp.stack([c["h"], x]),
+        r"step must return a pair \(carry, y\), but it returned an array float32\[2,3\]",
+    ),
+    "nothing": (
+        lambda p, c, x: None,
+        r"step must return a pair \(carry, y\), but it returned a?\s?None",
+    ),
+    "a dict of two": (
+        lambda p, c, x: {"carry": c, "y": x},
+        r"step must return a pair \(carry, y\), but it returned a dict",
+    ),
+    "three things": (
+        lambda p, c, x: (c, x, x),
+        r"step must return a pair \(carry, y\), but it returned a tuple of length 3",
+    ),
+    "a leaf less": (
+        lambda p, c, x: ({"h": c["h"]}, x),
+        r"step must return a carry of the type it was given.*\['n'\].*int32\[\].*nothing",
+    ),
+    "a leaf more": (
+        lambda p, c, x: (c | {"z": x}, x),
+        r"step must return a carry of the type it was given.*\['z'\].*nothing.*float32\[3\]",
+    ),
+    "None for a leaf": (
+        lambda p, c, x: (c | {"h": None}, x),
+        r"step must return a carry of the type it was given.*\['h'\].*float32\[3\].*nothing",
+    ),
+    "another shape": (
+        lambda p, c, x: (c | {"h": c["h"][:2]}, x),
+        r"step must return a carry of the type it was given, but 1 of 2 leaves differs:\n"
+        r".*\['h'\].*float32\[3\].*float32\[2\].*\nReturn the carry",
+    ),
+    "another dtype": (
+        lambda p, c, x: (c | {"h": c["h"].astype(jnp.bfloat16)}, x),
+        r"step must return a carry of the type it was given, but 1 of 2 leaves differs:\n"
+        r".*\['h'\].*float32\[3\].*bfloat16\[3\].*\n.*astype",
+    ),
+    "another container": (
+        lambda p, c, x: ((c["h"], c["n"]), x),
+        r"step must return a carry of the type it was given, but .*differ.*\['h'\]",
+    ),
+    "y before the carry": (
+        lambda p, c, x: (x, c),
+        r"step must return a carry of the type it was given, but .*differ.*\['h'\]",
+    ),
+    "a carry that is no array": (
+        lambda p, c, x: (c | {"h": "no"}, x),
+        r"carry.*must be an array or a number, but .*'no'.*str",
+    ),
+    "a y that is no array": (
+        lambda p, c, x: (c, {"loss": "low"}),
+        r"y.*\['loss'\].*must be an array or a number, but .*'low'.*str",
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", STEP_RETURNS)
+def test_what_a_step_returns(name, jit):
+    bad_step, match = STEP_RETURNS[name]
+    init = jaxbptt.record(bad_step, window=4).init
+    with pytest.raises(
+        TypeError,
+        match=f"(?s){match}",
+    ) as caught:
+        (jax.jit(init) if jit else init)(PARAMS, CARRY, X)
+    assert is_a_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("value", [None, 3.0, (1.0, 2.0, 3.0)], ids=repr)
+def test_has_aux_wants_a_pair(value):
+    bad = jaxbptt.record(lambda p, c, x: (c, value), window=4, has_aux=True)
+    with pytest.raises(
+        TypeError,
+        match=r"step must return y as a pair \(y, aux\) because has_aux=True, but it returned a",
+    ):
+        bad.init(PARAMS, CARRY, X)
+
+
+@pytest.mark.parametrize("name", ["another shape", "another dtype", "an array"])
+def test_a_step_that_goes_wrong_later_leaves_the_tape_alone(name):
+    bad_step, match = STEP_RETURNS[name]
+    tape = recorded_tape()
+    before = snapshot(tape)
+    with pytest.raises(
+        TypeError,
+        match=f"(?s){match}",
+    ):
+        jaxbptt.record(bad_step, window=4)(PARAMS, tape, X)
+    assert snapshot(tape) == before
+
+
+def test_weak_types_are_no_fault():
+    def weak(params, carry, x):
+        return jnp.where(x > 0, 1.0, 2.0), 0.0  # both weakly typed
+
+    recorder = jaxbptt.record(weak, window=2)
+    tape, y = recorder(None, recorder.init(None, 0.0, 0.0), 1.0)
+    assert not tape.carry.aval.weak_type
+    assert not y.aval.weak_type
+
+
+# ---------------------------------------------------------------- the call
+
+OTHER_PARAMS = r"params must be of the type that the tape was made for.*\['w'\].*float32\[3,3\]"
+OTHER_X = r"^x must be of the type that the tape was made for.*float32\[3\].*"
+NO_TAPE = r"^tape must be the Tape that init or the last call returned, but got "
+MADE_BY = r"^tape was made by a recorder with "
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@table(
+    ("params' shape", ValueError, OTHER_PARAMS + r".*float32\[4,3\].*init",
+     lambda p, tape, x: rec({"w": jnp.ones((4, 3), F32)}, tape, x)),
+    ("params' dtype", ValueError, OTHER_PARAMS + r".*float16\[3,3\].*init",
+     lambda p, tape, x: rec({"w": p["w"].astype(jnp.float16)}, tape, x)),
+    ("params' structure", ValueError, r"^params must.*\['b'\].*nothing.*float32\[3\].*init",
+     lambda p, tape, x: rec(p | {"b": x}, tape, x)),
+    ("no params", ValueError, OTHER_PARAMS + ".*nothing",
+     lambda p, tape, x: rec(None, tape, x)),
+    ("params no array", ValueError, r"^params\['w'\] must be an array or a number.*'three'",
+     lambda p, tape, x: rec({"w": "three"}, tape, x)),
+    ("x's shape", ValueError, OTHER_X + r"float32\[2\].*init",
+     lambda p, tape, x: rec(p, tape, x[:2])),
+    ("x's dtype", ValueError, OTHER_X + r"int32\[3\].*init",
+     lambda p, tape, x: rec(p, tape, x.astype(jnp.int32))),
+    ("x's structure", ValueError, r"^x must.*\['a'\].*nothing.*float32\[3\].*init",
+     lambda p, tape, x: rec(p, tape, {"a": x})),
+    ("no x", ValueError, OTHER_X + r"nothing",
+     lambda p, tape, x: rec(p, tape, None)),
+    ("carry's shape", ValueError, r"carry must be of the type.*\['h'\].*\[3\].*\[4\]",
+     lambda p, tape, x: tape.replace(carry={"h": jnp.zeros(4, F32), "n": tape.carry["n"]})),
+    ("carry's dtype", ValueError, r"carry must be of the type.*\['n'\].*int32\[\].*int64\[\]",
+     lambda p, tape, x: tape.replace(carry={"h": x, "n": 0})),
+    ("carry's structure", ValueError, r"carry must be of the type.*\['h'\].*nothing",
+     lambda p, tape, x: tape.replace(carry=x)),
+    ("another window", ValueError, MADE_BY + r"window=4, but this one has window=5.*init",
+     lambda p, tape, x: jaxbptt.record(step, window=5)(p, tape, x)),
+    ("another every", ValueError, MADE_BY + r"every=1, but this one has every=2.*init",
+     lambda p, tape, x: jaxbptt.record(step, window=4, every=2)(p, tape, x)),
+    ("other weights", ValueError, MADE_BY + r"weights='stored', but this one has weights='cur",
+     lambda p, tape, x: jaxbptt.record(step, window=4, weights="current")(p, tape, x)),
+    ("another step", ValueError, r"^tape was recorded by another step.*float32\[3,3\].*init",
+     lambda p, tape, x: jaxbptt.record(elementwise_step, window=4)(p, tape, x)),
+    ("a carry for the tape", ValueError, NO_TAPE + r"a dict.*rec\.init\(params, carry, x\)",
+     lambda p, tape, x: rec(p, tape.carry, x)),
+    ("an array for the tape", ValueError, NO_TAPE + r"an array float32\[3\].*rec\.init",
+     lambda p, tape, x: rec(p, tape.carry["h"], x)),
+    ("a carry to due", ValueError, NO_TAPE + "a dict",
+     lambda p, tape, x: rec.due(tape.carry)),
+    ("a carry to clear", ValueError, NO_TAPE + "a dict",
+     lambda p, tape, x: rec.clear(tape.carry)),
+    ("a tape for the carry", ValueError, r"^carry must be the carry .* got a Tape.*tape\.carry",
+     lambda p, tape, x: rec.init(p, tape, x)),
+    ("a tape to replace", ValueError, r"^carry must be the carry .* got a Tape.*tape\.carry",
+     lambda p, tape, x: tape.replace(carry=tape)),
+    ("a tape for params", ValueError, r"^params must.*",
+     lambda p, tape, x: rec(tape, tape, x)),
+)  # fmt: skip
+def test_a_call_that_does_not_fit_the_tape(fault, jit):
+    tape = recorded_tape()
+    before = snapshot(tape)
+    with pytest.raises(
+        fault.error,
+        match=f"(?s){fault.match}",
+    ) as caught:
+        (jax.jit(fault.call) if jit else fault.call)(PARAMS, tape, X)
+    assert is_a_sentence(str(caught.value))
+    assert snapshot(tape) == before
+
+
+def test_a_refused_call_keeps_the_donated_tape():
+    tape = recorded_tape()
+    before = snapshot(tape)
+    with pytest.raises(
+        ValueError,
+        match=r"^x must be of the type",
+    ):
+        jax.jit(rec, donate_argnums=1)(PARAMS, tape, X[:2])
+    assert snapshot(tape) == before
+    assert rec(PARAMS, tape, X)[0].length == 3
+
+
+def test_a_tape_of_another_recorder_of_the_same_step_is_welcome():
+    tape, _ = jaxbptt.record(step, window=4)(PARAMS, recorded_tape(), X)
+    assert tape.length == 3
+
+
+def test_a_batch_of_tapes_is_not_a_tape():
+    tapes = jax.vmap(lambda h: rec.init(PARAMS, CARRY | {"h": h}, X))(jnp.zeros((2, 3), F32))
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)carry must be of the type.*\['h'\].*float32\[3\].*float32\[2,3\]",
+    ):
+        rec(PARAMS, tapes, X)
+
+
+# --------------------------------------------------------------- cotangents
+
+CT_YS = r"^ct_ys must have the structure, shapes and dtypes of y.*"
+CT_CARRY = r"^ct_carry must have the structure, shapes and dtypes of the carry.*"
+ROWS = r"^ct_ys must have a first axis over 1 to window=4 steps, oldest first, but got "
+ZERO_N = np.zeros((), FLOAT0)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@table(
+    ("too many", ValueError, ROWS + r"5\b.*longer window",
+     lambda p, tape, x: rec.pullback(p, tape, jnp.ones(5, F32))),
+    ("none", ValueError, ROWS,
+     lambda p, tape, x: rec.pullback(p, tape, jnp.ones(0, F32))),
+    ("no axis over steps", ValueError, ROWS + r".*ct\[None\]",
+     lambda p, tape, x: rec.pullback(p, tape, jnp.ones((), F32))),
+    ("a number", ValueError, ROWS + r".*ct\[None\]",
+     lambda p, tape, x: rec.pullback(p, tape, 1.0)),
+    ("a row more in one leaf", ValueError, r"same first axis.*ct_ys\[0\]: 1.*ct_ys\[1\]: 2",
+     lambda p, tape, x: rec.pullback(p, tape, (jnp.ones(1, F32), jnp.ones(2, F32)))),
+    ("dtype", ValueError, CT_YS + r"float32\[1\].*float16\[1\]",
+     lambda p, tape, x: rec.pullback(p, tape, ONE.astype(jnp.float16))),
+    ("shape", ValueError, CT_YS + r"float32\[1\].*float32\[1,3\]",
+     lambda p, tape, x: rec.pullback(p, tape, x[None])),
+    ("structure", ValueError, CT_YS + r"\['a'\].*nothing.*float32\[1\]|" + CT_YS + r"\['a'\]",
+     lambda p, tape, x: rec.pullback(p, tape, {"a": ONE})),
+    ("None", ValueError, CT_YS + r"float32\[1\].*nothing",
+     lambda p, tape, x: rec.pullback(p, tape, None)),
+    ("no array", ValueError, r"^ct_ys must be an array or a number.*'one'",
+     lambda p, tape, x: rec.pullback(p, tape, "one")),
+    ("carry's dtype", ValueError, CT_CARRY + r"\['h'\].*float32\[3\].*float16\[3\]",
+     lambda p, tape, x: rec.pullback(p, tape, ONE, {"h": x.astype(jnp.float16), "n": ZERO_N})),
+    ("carry's shape", ValueError, CT_CARRY + r"\['h'\].*float32\[3\].*float32\[1,3\]",
+     lambda p, tape, x: rec.pullback(p, tape, ONE, {"h": x[None], "n": ZERO_N})),
+    ("carry's structure", ValueError, CT_CARRY + r"\['n'\].*float0\[\].*nothing",
+     lambda p, tape, x: rec.pullback(p, tape, ONE, {"h": x})),
+    ("carry's integer", ValueError, CT_CARRY + r"float0\[\].*int32\[\].*numpy\.zeros",
+     lambda p, tape, x: rec.pullback(p, tape, ONE, tape.carry)),
+    ("params", ValueError, OTHER_PARAMS + r".*float32\[4,3\]",
+     lambda p, tape, x: rec.pullback({"w": jnp.ones((4, 3), F32)}, tape, ONE)),
+    ("a carry for the tape", ValueError, NO_TAPE + "a dict",
+     lambda p, tape, x: rec.pullback(p, tape.carry, ONE)),
+    ("another window", ValueError, MADE_BY + "window=4, but this one has window=5",
+     lambda p, tape, x: jaxbptt.record(step, window=5).pullback(p, tape, ONE)),
+    ("another step", ValueError, r"^tape was recorded by another step",
+     lambda p, tape, x: jaxbptt.record(elementwise_step, window=4).pullback(p, tape, ONE)),
+)  # fmt: skip
+def test_cotangents_that_do_not_fit(fault, jit):
+    tape = recorded_tape()
+    before = snapshot(tape)
+    with pytest.raises(
+        fault.error,
+        match=f"(?s){fault.match}",
+    ) as caught:
+        (jax.jit(fault.call) if jit else fault.call)(PARAMS, tape, X)
+    assert is_a_sentence(str(caught.value))
+    assert snapshot(tape) == before
+
+
+def test_as_many_cotangents_as_the_window_holds_are_fine():
+    ct = rec.pullback(PARAMS, recorded_tape(), jnp.ones(4, F32))
+    assert ct.xs.shape == (4, 3)
+
+
+# ------------------------------------------------------------ groups of steps
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("bad_step", "came"),
+    [
+        (vector_step, r"float32\[3\]"),
+        (silent_step, "nothing"),
+        (lambda p, c, x: (step(p, c, x)[0], jnp.int32(3)), r"int32\[\]"),
+        (lambda p, c, x: (step(p, c, x)[0], (c["h"][0], c["h"][1])), r"float32\[\], float32\[\]"),
+    ],
+    ids=["a vector", "None", "an integer", "two scalars"],
+)
+def test_a_group_of_steps_wants_a_scalar_loss(bad_step, came, jit):
+    recorder = jaxbptt.record(bad_step, window=4, every=2)
+    tape = recorded_tape(recorder)
+    before = snapshot(tape)
+
+    def loss(params):
+        new_tape, y = recorder(params, tape, X)
+        return new_tape.carry["h"].sum() + sum(jnp.sum(v).astype(F32) for v in jax.tree.leaves(y))
+
+    grad = jax.grad(loss)
+    with pytest.raises(
+        TypeError,
+        match=rf"^step must return its scalar loss as y.*every=2, but y is {came}\. Return",
+    ):
+        (jax.jit(grad) if jit else grad)(PARAMS)
+    assert snapshot(tape) == before
+
+
+def test_a_group_of_steps_is_only_refused_under_reverse_mode():
+    recorder = jaxbptt.record(vector_step, window=4, every=2)
+    assert recorder.pullback(PARAMS, recorded_tape(recorder), X[None]).params["w"].shape == (3, 3)
+
+
+# ----------------------------------------------------- the user's own mistakes
+
+
+class FuelError(Exception):
+    """An error that only a user's step raises."""
+
+
+def out_of_fuel(params, carry, x):
+    raise FuelError("the tank is empty")
+
+
+def does_not_multiply(params, carry, x):
+    return carry, params["w"] @ jnp.ones(4, F32)
+
+
+def through_init(step):
+    return lambda p, tape, x: jaxbptt.record(step, window=4).init(p, tape.carry, x)
+
+
+def through_call(step):
+    return lambda p, tape, x: jaxbptt.record(step, window=4)(p, tape, x)
+
+
+def through_grad(step):
+    def loss(p, tape, x):
+        return jaxbptt.record(step, window=4)(p, tape, x)[1]
+
+    return jax.grad(loss)
+
+
+def through_scan(step):
+    def run(p, tape, x):
+        return jax.lax.scan(lambda t, x: through_call(step)(p, t, x), tape, x[None])
+
+    return jax.jit(run)
+
+
+def through_pullback(step):
+    return lambda p, tape, x: jaxbptt.record(step, window=4).pullback(p, tape, ONE)
+
+
+THROUGH = [through_init, through_call, through_grad, through_scan, through_pullback]
+
+
+@pytest.mark.parametrize("through", THROUGH, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("bad_step", "error", "match"),
+    [
+        (out_of_fuel, FuelError, r"^the tank is empty"),
+        (does_not_multiply, TypeError, r"dot_general|matmul"),
+    ],
+    ids=["raises", "shapes"],
+)
+def test_a_steps_own_error_comes_through(bad_step, error, match, through):
+    tape = recorded_tape()
+    before = snapshot(tape)
+    with pytest.raises(
+        error,
+        match=match,
+    ) as caught:
+        through(bad_step)(PARAMS, tape, X)
+    assert type(caught.value) is error
+    frames = traceback.extract_tb(caught.tb)
+    users = [i for i, frame in enumerate(frames) if frame.name == bad_step.__name__]
+    assert len(users) == 1
+    if error is FuelError:
+        assert str(caught.value) == "the tank is empty"
+        assert users[0] == len(frames) - 1  # nothing is wrapped around it or re-raised below
+    assert snapshot(tape) == before
+
+
+def test_a_step_of_another_arity_is_told_by_python():
+    with pytest.raises(
+        TypeError,
+        match=r"takes 2 positional arguments but 3 were given",
+    ):
+        jaxbptt.record(lambda params, carry: (carry, None), window=2).init(PARAMS, CARRY, X)

@@ -1,0 +1,608 @@
+"""Any step that `jax.vjp` takes: the gradient inside the loop against the unrolled graph."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax import lax
+
+import jaxbptt
+
+LENGTH, WINDOW = 5, 3
+F32, F64 = jnp.float32, jnp.float64
+CASES = {}
+
+
+class Case(NamedTuple):
+    step: Any
+    params: Any
+    carry: Any
+    xs: Any
+
+
+def case(make):
+    CASES[make.__name__] = make
+    return make
+
+
+def draw(seed, *shape, dtype=F64):
+    value = np.random.default_rng(seed).normal(size=shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        value = value + 1j * np.random.default_rng(seed + 1).normal(size=shape)
+    return jnp.asarray(0.6 * value, dtype)
+
+
+def cell_params(dtype=F64):
+    return {"w": draw(1, 3, 3, dtype=dtype), "u": draw(2, 2, 3, dtype=dtype)}
+
+
+def cell(params, h, x):
+    return jnp.tanh(h @ params["w"] + x @ params["u"])
+
+
+H, XS = draw(3, 3), draw(4, LENGTH, 2)
+
+
+# --------------------------------------------------------------- containers
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value", "nothing"], meta_fields=["name"]
+)
+@dataclasses.dataclass
+class Cell:
+    value: Any
+    nothing: Any
+    name: str = "cell"
+
+
+@case
+def nested_carry():
+    def step(params, carry, x):
+        h = cell(params["rnn"], carry["h"].left, x)
+        v = params["scale"][0] * carry["cell"].value + h.sum()
+        box = dataclasses.replace(carry["cell"], value=v)
+        return {"h": Pair(h, (carry["h"].right[0] * v,)), "cell": box, "no": None}, {"v": (v, None)}
+
+    carry = {"h": Pair(H, (jnp.ones(()),)), "cell": Cell(jnp.ones(()), None), "no": None}
+    return Case(step, {"rnn": cell_params(), "scale": [jnp.full((), 0.5)]}, carry, XS)
+
+
+@case
+def integers_booleans_and_none_in_the_carry():
+    def step(params, carry, x):
+        odd = carry["count"] % 2 == 1
+        h = jnp.where(odd ^ carry["flag"], cell(params, carry["h"], x), jnp.sin(carry["h"]))
+        count = carry["count"] + 1
+        return {"h": h, "count": count, "flag": h[0] > 0, "none": None}, h[carry["count"] % 3]
+
+    carry = {"h": H, "count": jnp.int32(0), "flag": jnp.array(False), "none": None}
+    return Case(step, cell_params(), carry, XS)
+
+
+def dropout_step(params, carry, x):
+    key, now = jax.random.split(carry["key"])
+    h = cell(params, carry["h"], x)
+    kept = jax.random.bernoulli(now, 0.6, h.shape)
+    return {"h": jnp.where(kept, h / 0.6, 0.0), "key": key}, h.sum()
+
+
+@case
+def typed_key_in_the_carry():
+    return Case(dropout_step, cell_params(), {"h": H, "key": jax.random.key(3)}, XS)
+
+
+@case
+def other_kind_of_key_in_the_carry():
+    return Case(dropout_step, cell_params(), {"h": H, "key": jax.random.key(3, impl="rbg")}, XS)
+
+
+@case
+def raw_key_in_the_carry():
+    return Case(dropout_step, cell_params(), {"h": H, "key": jax.random.PRNGKey(3)}, XS)
+
+
+@case
+def key_as_input_under_remat():
+    # The key itself is a residual: remat draws the mask again from it.
+    @jax.checkpoint
+    def step(params, h, x):
+        mask = jax.random.bernoulli(x["key"], 0.6, h.shape)
+        h = cell(params, jnp.where(mask, h, 0.0), x["v"])
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, {"v": XS, "key": jax.random.split(jax.random.key(1), LENGTH)})
+
+
+@case
+def integers_in_the_parameters():
+    def step(params, h, x):
+        h = cell(params["rnn"], h[params["order"]], x) * params["on"].astype(F64)
+        return h, h.sum()
+
+    params = {"rnn": cell_params(), "order": jnp.array([2, 0, 1]), "on": jnp.array([True, False, True])}
+    return Case(step, params, H, XS)
+
+
+# -------------------------------------------------------- inputs and outputs
+
+
+@case
+def tokens_in_logits_and_prediction_out():
+    def step(params, h, x):
+        h = jnp.tanh(h @ params["w"] + params["e"][x["token"]] * x["scale"])
+        logits = h @ params["w"]
+        return h, {"logits": logits, "guess": jnp.argmax(logits), "right": logits[0] > 0}
+
+    params = {"w": draw(1, 3, 3), "e": draw(2, 4, 3)}
+    xs = {"token": jnp.array([0, 3, 3, 1, 2], jnp.uint8), "scale": draw(5, LENGTH)}
+    return Case(step, params, H, xs)
+
+
+@case
+def no_output():
+    return Case(lambda p, h, x: (cell(p, h, x), None), cell_params(), H, XS)
+
+
+@case
+def no_input():
+    def step(params, h, x):
+        assert x is None
+        h = jnp.tanh(h @ params["w"])
+        return h, h.sum()
+
+    return Case(step, {"w": draw(1, 3, 3)}, H, None)
+
+
+@case
+def output_of_integers_only():
+    return Case(
+        lambda p, h, x: (cell(p, h, x), (jnp.int8(1), h > 0)), cell_params(), H, XS
+    )
+
+
+@case
+def carry_without_gradient():
+    def step(params, count, x):
+        return count + 1, jnp.sin(params["u"].T @ x) * count.astype(F64)
+
+    return Case(step, {"u": draw(2, 2, 3)}, jnp.int32(1), XS)
+
+
+@case
+def scalars_everywhere():
+    return Case(
+        lambda p, c, x: (p * c + x, jnp.sin(p * c)), jnp.float64(0.7), jnp.float64(0.3), draw(4, LENGTH)
+    )
+
+
+# ------------------------------------------------------------------- dtypes
+
+
+def dtype_case(dtype):
+    def step(params, h, x):
+        h = cell(params, h, x)
+        return h, (h * h).sum()
+
+    params = jax.tree.map(lambda v: v.astype(dtype), cell_params())
+    return Case(step, params, H.astype(dtype), XS.astype(dtype))
+
+
+CASES |= {
+    name: functools.partial(dtype_case, jnp.dtype(name))
+    for name in ("bfloat16", "float16", "float32", "float64")
+}
+
+
+@case
+def mixed_precision():
+    def step(params, h, x):
+        half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), params)
+        new = cell(half, h.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
+        h = h * jnp.float32(0.5) + new.astype(F32)
+        return h, h.sum()
+
+    return Case(step, cell_params(F32), H.astype(F32), XS.astype(F32))
+
+
+def complex_case(dtype):
+    def step(params, z, x):
+        z = jnp.tanh(z @ params["w"]) + x @ params["u"]
+        return z, (jnp.abs(z).sum(), jnp.conj(z[0]) * z[1])
+
+    return Case(step, cell_params(dtype), draw(3, 3, dtype=dtype), draw(4, LENGTH, 2, dtype=dtype))
+
+
+CASES |= {
+    name: functools.partial(complex_case, jnp.dtype(name)) for name in ("complex64", "complex128")
+}
+
+
+@case
+def complex_state_between_real_ends():
+    def step(params, z, x):
+        decay = jnp.exp(lax.complex(-jnp.exp(params["rate"]), params["angle"]))
+        z = decay * z + (x @ params["u"]).astype(decay.dtype)
+        return z, jnp.real(z * params["c"]).sum()
+
+    params = {"rate": draw(1, 3), "angle": draw(2, 3), "u": draw(5, 2, 3)}
+    params["c"] = draw(6, 3, dtype=jnp.complex128)
+    return Case(step, params, draw(3, 3, dtype=jnp.complex128), XS)
+
+
+# ----------------------------------------------------- rules of one's own
+
+
+@jax.custom_vjp
+def vjp_spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+vjp_spike.defvjp(
+    lambda v: (vjp_spike(v), v), lambda v, ct: (ct / (1 + 5 * jnp.abs(v)) ** 2,)
+)
+
+
+@jax.custom_jvp
+def jvp_spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+jvp_spike.defjvp(lambda v, dv: (jvp_spike(v[0]), dv[0] / (1 + 5 * jnp.abs(v[0])) ** 2))
+
+
+def spiking_case(spike):
+    def step(params, v, x):
+        v = 0.8 * v + x @ params["u"]
+        s = spike(v - 0.2)
+        return (v - s) @ params["w"], s.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+CASES["custom_vjp_spike"] = functools.partial(spiking_case, vjp_spike)
+CASES["custom_jvp_spike"] = functools.partial(spiking_case, jvp_spike)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def clipped(limit, v, count):
+    return v * count.astype(v.dtype)
+
+
+clipped.defvjp(
+    lambda limit, v, count: (clipped(limit, v, count), count),
+    lambda limit, count, ct: (jnp.clip(ct, -limit, limit) * count.astype(ct.dtype), None),
+)
+
+
+@case
+def clipped_cotangent_with_an_integer_argument():
+    def step(params, carry, x):
+        h = clipped(0.1, cell(params, carry["h"], x), carry["n"])
+        return {"h": h, "n": carry["n"]}, h.sum()
+
+    return Case(step, cell_params(), {"h": H, "n": jnp.int32(1)}, XS)
+
+
+@jax.custom_vjp
+def on_the_host(v):
+    return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(v.shape, v.dtype), v)
+
+
+on_the_host.defvjp(
+    lambda v: (on_the_host(v), v),
+    lambda v, ct: (ct * jax.pure_callback(np.cos, jax.ShapeDtypeStruct(v.shape, v.dtype), v),),
+)
+
+
+@case
+def callback_without_a_batching_rule():
+    def step(params, h, x):
+        h = on_the_host(h @ params["w"] + x @ params["u"])
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+# ------------------------------------------------------------ transformations
+
+
+def remat_case(policy):
+    from jax.ad_checkpoint import checkpoint_name
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def step(params, h, x):
+        z = checkpoint_name(h @ params["w"] + x @ params["u"], "z")
+        h = jnp.tanh(jnp.sin(z) * jnp.log(2.0 + z))
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+POLICIES = jax.checkpoint_policies
+CASES |= {
+    "checkpoint": functools.partial(remat_case, None),
+    "checkpoint_saving_dots": functools.partial(remat_case, POLICIES.dots_saveable),
+    "checkpoint_saving_names": functools.partial(
+        remat_case, POLICIES.save_only_these_names("z")
+    ),
+    "checkpoint_saving_all": functools.partial(remat_case, POLICIES.everything_saveable),
+}
+
+
+@case
+def checkpoint_inside():
+    def step(params, h, x):
+        h = jax.checkpoint(cell)(params, h, x)
+        h = jnp.sin(jax.checkpoint(cell)(params, h, x))
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def inner_scan_over_layers():
+    def step(params, carry, x):
+        def layer(below, pair):
+            w, h = pair
+            h = jnp.tanh(h @ w + below)
+            return h, h
+
+        top, h = lax.scan(layer, x @ params["u"], (params["w"], carry))
+        return h, top.sum()
+
+    return Case(step, {"w": draw(1, 2, 3, 3), "u": draw(2, 2, 3)}, draw(3, 2, 3), XS)
+
+
+@case
+def inner_scan_under_remat():
+    def step(params, h, x):
+        @jax.checkpoint
+        def trip(h, _):
+            return cell(params, h, x), h[0]
+
+        h, firsts = lax.scan(trip, h, None, length=3)
+        return h, firsts
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def cond_on_the_input():
+    def step(params, h, x):
+        h = lax.cond(x[0] > 0, lambda: cell(params, h, x), lambda: h * 0.5)
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def switch_on_a_counter():
+    def step(params, carry, x):
+        branches = [
+            lambda h: cell(params, h, x),
+            lambda h: h * params["w"][0],
+            lambda h: jnp.sin(h) + params["w"][1],
+        ]
+        h = lax.switch(carry["n"] % 3, branches, carry["h"])
+        return {"h": h, "n": carry["n"] + 1}, h.sum()
+
+    return Case(step, cell_params(), {"h": H, "n": jnp.int32(0)}, XS)
+
+
+@case
+def cond_on_the_parameters():
+    def step(params, h, x):
+        h = lax.cond(params["w"][0, 0] > 0, lambda: cell(params, h, x), lambda: h * params["w"][1])
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def while_loop_off_the_gradient_path():
+    def step(params, h, x):
+        size = lax.stop_gradient(jnp.abs(h).sum())
+        halvings = lax.while_loop(lambda n: size * 0.5**n > 0.1, lambda n: n + 1.0, 0.0)
+        h = cell(params, h, x) * (1 + 0.1 * halvings)
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def fori_loop_of_fixed_length():
+    def step(params, h, x):
+        h = lax.fori_loop(0, 2, lambda i, h: cell(params, h, x), h)
+        return h, h.sum()
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def jit_inside():
+    inner = jax.jit(lambda p, h, x: (cell(p, h, x), 2.0))
+
+    def step(params, h, x):
+        h, two = inner(params, h, x)
+        return h, h.sum() * two
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def vmap_inside():
+    def step(params, h, x):
+        h = jax.vmap(cell, in_axes=(None, 0, None))(params, h, x)
+        return h, h.sum()
+
+    return Case(step, cell_params(), draw(3, 4, 3), XS)
+
+
+@case
+def an_optimisation_step():
+    # The carry is the fast weights of an inner problem, the parameters its learning rates.
+    def step(params, fast, x):
+        def loss(fast):
+            return jnp.sum((jnp.tanh(x @ fast["u"]) - 0.3) ** 2)
+
+        value, slope = jax.value_and_grad(loss)(fast)
+        return {"u": fast["u"] - jnp.exp(params["log_rate"]) * slope["u"]}, value
+
+    return Case(step, {"log_rate": draw(1, 3)}, {"u": draw(2, 2, 3)}, XS)
+
+
+@case
+def sorting_gathering_scattering():
+    def step(params, h, x):
+        h = jnp.sort(cell(params, h, x))
+        h = h.at[1].set(h[0] * x[0]).at[jnp.argmax(h)].add(0.1)
+        return lax.cumsum(h) * 0.5, h[jnp.array([0, 0, 2])]
+
+    return Case(step, cell_params(), H, XS)
+
+
+@case
+def closed_over_arrays():
+    w, mask = draw(8, 3, 3), np.array([1.0, 0.0, 1.0])
+
+    def step(params, h, x):
+        h = jnp.tanh(h @ w * mask + x @ params["u"])
+        return h, h.sum()
+
+    return Case(step, {"u": draw(2, 2, 3)}, H, XS)
+
+
+@case
+def no_parameters():
+    def step(params, h, x):
+        h = jnp.tanh(h * x.sum())
+        return h, h.sum()
+
+    return Case(step, None, H, XS)
+
+
+@case
+def no_residuals():
+    return Case(lambda p, h, x: (h + x.sum(), h.sum()), (), H, XS)
+
+
+@case
+def no_residuals_but_parameters():
+    return Case(lambda p, h, x: (h + p["b"] + x.sum(), h.sum()), {"b": draw(1, 3)}, H, XS)
+
+
+@case
+def unused_parameters_carry_and_input():
+    return Case(lambda p, c, x: (c, jnp.sin(p["u"]).sum()), cell_params(), (H, H), XS)
+
+
+@case
+def carry_replaced_by_the_input():
+    return Case(lambda p, h, x: (x, (h @ p["u"]).sum()), cell_params(), XS[0], XS)
+
+
+@case
+def a_value_passed_on_twice():
+    def step(params, carry, x):
+        h = cell(params, carry[0], x)
+        return (h, h, carry[1]), (h, carry[2].sum())
+
+    return Case(step, cell_params(), (H, H, H), XS)
+
+
+@case
+def an_empty_array_in_the_carry():
+    def step(params, carry, x):
+        h = cell(params, carry[0], x)
+        return (h, carry[1] * 2.0), carry[1]
+
+    return Case(step, cell_params(), (H, jnp.zeros((0, 2))), XS)
+
+
+# ------------------------------------------------------------------ the test
+
+
+def weigh(cts, values):
+    """Σ Re(ct · value) over the leaves that gradients flow through."""
+    pairs = zip(oracles.moving(cts), oracles.moving(values), strict=True)
+    return sum((jnp.sum(jnp.real(ct * v)).astype(F64) for ct, v in pairs), jnp.zeros(()))
+
+
+def online_gradients(recorder, example, thetas, ct_y, ct_carry):
+    """At each step the gradient inside the loop: value_and_grad in scan in jit."""
+
+    @jax.jit
+    def run(tape, thetas, xs):
+        def one(tape, inputs):
+            theta, x = inputs
+
+            def loss_fn(moving):
+                params = oracles.refill(theta, moving)
+                new_tape, y = recorder(params, tape, x)
+                return weigh(ct_y, y) + weigh(ct_carry, new_tape.carry), new_tape
+
+            (_, tape), ct = jax.value_and_grad(loss_fn, has_aux=True)(oracles.moving(theta))
+            return tape, ct
+
+        return lax.scan(one, tape, (thetas, xs), length=LENGTH)[1]
+
+    x = jax.tree.map(lambda v: v[0], example.xs)
+    tape = recorder.init(example.params, example.carry, x)
+    return run(tape, oracles.stack(thetas), example.xs)
+
+
+def tolerance(example):
+    return oracles.tolerance(example.params, example.carry, example.xs)
+
+
+@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_inside_the_loop(name, weights):
+    example = CASES[name]()
+    # Only "stored" is exact when parameters move.
+    size = 0.1 if weights == "stored" else 0.0
+    thetas = oracles.drifting(example.params, LENGTH, size=size)
+    reference = oracles.Run(example.step, thetas, example.carry, example.xs, LENGTH)
+    carries, ys = reference.trajectory
+    ct_y, ct_carry = oracles.random_like(ys[0], 1), oracles.random_like(carries[0], 2)
+    recorder = jaxbptt.record(example.step, window=WINDOW, weights=weights)
+    got = online_gradients(recorder, example, thetas, ct_y, ct_carry)
+    for t in range(1, LENGTH + 1):
+        want = reference.unrolled(t, oracles.reach(t, WINDOW), [ct_y], ct_carry)
+        label = f"step {name}, {weights}"
+        oracles.check(label, [leaf[t - 1] for leaf in got], want.params, tolerance(example))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pullback(name):
+    example = CASES[name]()
+    thetas = oracles.drifting(example.params, LENGTH)
+    reference = oracles.Run(example.step, thetas, example.carry, example.xs, LENGTH)
+    carries, ys = reference.trajectory
+    cts = [oracles.random_like(y, s) for s, y in enumerate(ys[-2:])]
+    ct_carry = oracles.random_like(carries[-1], 9)
+    recorder = jaxbptt.record(example.step, window=WINDOW)
+    tape = recorder.init(thetas[0], example.carry, oracles.unstack(example.xs, LENGTH)[0])
+    step = jax.jit(recorder)
+    for theta, x, y in zip(thetas, oracles.unstack(example.xs, LENGTH), ys, strict=True):
+        tape, got_y = step(theta, tape, x)
+        oracles.check(f"y of {name}", got_y, y, tolerance(example))
+    ct_ys = jax.tree.map(lambda *leaves: np.stack(leaves), *cts)
+    got = jax.jit(recorder.pullback)(thetas[-1], tape, ct_ys, ct_carry)
+    oldest = oracles.reach(LENGTH, WINDOW, rows=2)
+    want = reference.unrolled(LENGTH, oldest, cts, ct_carry)
+    oracles.check_cotangents(f"pullback {name}", got, want, tolerance(example))
+    for ct, primal in ((got.params, thetas[0]), (got.carry, example.carry)):
+        assert jax.tree.structure(ct) == jax.tree.structure(primal)
+        assert [v.shape for v in jax.tree.leaves(ct)] == [v.shape for v in jax.tree.leaves(primal)]
