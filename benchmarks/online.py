@@ -78,14 +78,20 @@ def recorded(window, weights, params, carry, xs):
     return jax.jit(lambda state: lax.scan(update, state, xs), donate_argnums=0), state
 
 
+def put(slot, ring, value):
+    return lax.dynamic_update_index_in_dim(ring, value, slot, 0)
+
+
 def rerun(window, params, carry, xs):
     """The loop that keeps carries and inputs and differentiates the window run again."""
 
     def update(state, x):
         params, carries, inputs, carry, t = state
         slot = t % window
-        carries = jax.tree.map(lambda r, v: lax.dynamic_update_index_in_dim(r, v, slot, 0), carries, carry)
-        inputs = lax.dynamic_update_index_in_dim(inputs, x, slot, 0)
+        carries = jax.tree.map(
+            lambda r, v: lax.dynamic_update_index_in_dim(r, v, slot, 0), carries, carry
+        )
+        inputs = put(slot, inputs, x)
         order = (slot + 1 + jnp.arange(window)) % window
         oldest = jax.tree.map(lambda r: r[order[0]], carries)
 
@@ -137,7 +143,9 @@ def main():
         cells += [f"{values[-1]:.2f}" for values in ratios.values()]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     for weights, values in ratios.items():
-        print(f"{weights}: geometric mean {statistics.geometric_mean(values):.2f}, least {min(values):.2f}")
+        print(
+            f"{weights}: geometric mean {statistics.geometric_mean(values):.2f}, least {min(values):.2f}"
+        )
 
 
 if __name__ == "__main__":

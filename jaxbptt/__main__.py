@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from jaxbptt._demo_text import UsageError, Text, prepare, read
+from jaxbptt._demo_text import Text, UsageError, prepare, read
 
 if TYPE_CHECKING:
     from jaxbptt._demo import Model, Run, Settings
@@ -55,12 +55,12 @@ def _job(options: argparse.Namespace) -> int:
     from jaxbptt._demo import Model, Settings, tape_bytes
     from jaxbptt._demo_look import look, sample
 
+    if options.every > options.steps:
+        raise UsageError("--every must be at most --steps, or there is never a gradient.")
     text = prepare(*read(options.text), streams=options.batch, window=options.window)
     _check_writable(options.out)
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(options, name) for name in names})
-    if settings.every > settings.steps:
-        raise UsageError("--every must be at most --steps, or there is never a gradient.")
     baseline = dataclasses.replace(settings, window=1, every=1)
     plans = [settings] if options.no_baseline or settings == baseline else [settings, baseline]
     model = Model(settings.cell, settings.hidden, len(text.characters))
@@ -137,9 +137,7 @@ def _keep(out: Path, text: Text, done: "list[Seen]", said: str, interrupted: boo
 
     params: dict[str, Any] = {k: np.asarray(v) for k, v in done[0].run.params.items()}
     try:
-        np.savez(
-            out / "parameters.npz", **{k: np.asarray(v) for k, v in done[0].run.params.items()}
-        )
+        np.savez(out / "parameters.npz", **params)
         (out / "results.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
         picture(done).savefig(out / "curves.png", dpi=120)
     except OSError as error:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._types import PyTree, TreeType
+from jaxbptt._types import LeafType, PyTree, TreeType, varying
 
 
 def canonical(
@@ -50,12 +50,11 @@ def _canonical_struct(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
-def struct_of(kind: TreeType) -> PyTree:
-    """ShapeDtypeStructs of a type, to trace with where there are no arrays."""
+def stand_in(kind: TreeType) -> PyTree:
+    """Something of a type to trace with, where there are no arrays."""
 
     def one(leaf):
-        extra = {"vma": leaf.vma} if leaf.vma else {}
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, **extra)
+        return zeros(leaf) if leaf.varying else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     return kind.treedef.unflatten([one(leaf) for leaf in kind.leaves])
 
@@ -63,10 +62,9 @@ def struct_of(kind: TreeType) -> PyTree:
 def zeros(aval: Any) -> jax.Array:
     """Zeros of a type, varying over the same mesh axes inside `shard_map`."""
     array = jnp.zeros(aval.shape, aval.dtype)
-    vma = getattr(aval, "vma", None)
-    if not vma:
+    axes = tuple(sorted(aval.varying if isinstance(aval, LeafType) else varying(aval)))
+    if not axes:
         return array
-    axes = tuple(sorted(vma))
     if hasattr(lax, "pcast"):  # JAX 0.8 on; before, the same thing was called pvary
         return lax.pcast(array, axes, to="varying")
     return lax.pvary(array, axes)

@@ -122,7 +122,8 @@ def _each(function: Callable, *lists: list) -> list:
 
 
 def _weights(closure: Closure, values: list) -> list:
-    return _each(_dense, values, [*closure.cotangents["hoisted"], *closure.cotangents["params"]])
+    kinds = [*closure.cotangents["hoisted"], *closure.cotangents["params"]]
+    return _each(lambda v, kind: _dense(v, kind).astype(kind.dtype), values, kinds)
 
 
 def _padded(leaf: jax.Array, rows: int) -> jax.Array:

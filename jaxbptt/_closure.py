@@ -20,8 +20,9 @@ import jax
 from jax import numpy as jnp
 from jax.extend import core
 
-from jaxbptt._contract import Split, split
+from jaxbptt._contract import Split
 from jaxbptt._interpret import UNKNOWN, ZERO, drop, interpret, known_rule, prune, zero_rule
+from jaxbptt._split import split
 from jaxbptt._step import trace_step
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type
 
@@ -52,11 +53,16 @@ class Closure:
     place: tuple[int, ...]  # of each residual, its index in `picked`
     fixed: Mask  # of each picked residual: is it derived instead of recorded?
     slot: tuple[LeafType, ...]  # what one step leaves on the ring
-    zero_outs: tuple[bool, ...]  # outputs of `pull` that are zero when ȳ is
+    zero_outs: Mask  # outputs of `pull` that are zero when ȳ is
+    asked: Mask  # the differentiable hoisted arrays whose gradient anybody could ask for
 
     def bind(self, consts: Consts) -> "Closure":
         """The same closure over other arrays."""
         return dataclasses.replace(self, consts=consts)
+
+    def explicit_only(self) -> "Closure":
+        """The same closure, its pullbacks leaving out what the step closes over."""
+        return dataclasses.replace(self, asked=(False,) * len(self.asked))
 
     def forward(self, params: list, carry: list, x: list) -> tuple[PyTree, list, list]:
         """The step: (carry, y, aux), the residuals for the ring, and the fixed ones."""
@@ -85,6 +91,7 @@ class Closure:
         of = {group: [next(rest) for _ in self.cotangents[group]] for group in _INPUTS}
         constant = [self.fixed[i] for i in self.place]
         constant += [False] * (len(jaxpr.invars) - len(constant))
+        of["hoisted"] = [v if m else ZERO for v, m in zip(of["hoisted"], self.asked, strict=True)]
         weights = [v for group in _WEIGHTS for v in of[group]]
         return split(jaxpr, constant, weights, [v for group in wanted for v in of[group]])
 
@@ -123,11 +130,6 @@ def trace(
     groups = dict(zip(_INPUTS, map(jax.tree.leaves, (flow.consts, params, carry, x)), strict=True))
     masks = {name: _differentiable(leaves) for name, leaves in groups.items()}
     masks["y"] = _differentiable(jax.tree.leaves(outputs.tree()[1]))
-    # Nobody can ask for the gradient of a closed-over array that isn't a tracer.
-    masks["hoisted"] = tuple(
-        m and isinstance(c, jax.core.Tracer)
-        for m, c in zip(masks["hoisted"], flow.consts, strict=True)
-    )
     found: dict[str, Any] = {}
 
     def record(*leaves):
@@ -156,6 +158,7 @@ def trace(
         fixed=fixed,
         slot=tuple(leaf_type(variables[i].aval) for i in pick(fixed, list(first.values()), False)),
         zero_outs=found["zero_outs"],
+        asked=tuple(isinstance(v, jax.core.Tracer) for v in pick(masks["hoisted"], flow.consts)),
     )
 
 
@@ -194,27 +197,13 @@ def _vjp(
         return pick(outs_mask, outs[: len(outs_mask)]), outs
 
     _, pull, outs = jax.vjp(primal, *pick(mask, leaves), has_aux=True)
-    residuals, apply = _unpack(pull)
+    residuals, treedef = jax.tree.flatten(pull)
+
+    def apply(residuals, cts):
+        return treedef.unflatten(residuals)(cts)
+
     examples = pick(outs_mask, outs[: len(outs_mask)])
     return outs, residuals, _trace_pulls(apply, residuals, examples, sum(masks["carry"]))
-
-
-def _unpack(pull: Any) -> tuple[list, Any]:
-    """The residuals of a closure, keys as raw numbers, and how to apply it to such."""
-    leaves, treedef = jax.tree.flatten(pull)
-    is_key = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-    # A ring of typed keys can't be filled with zeros.
-    impls = [jax.random.key_impl(v) if k else None for v, k in zip(leaves, is_key, strict=True)]
-    raw = [jax.random.key_data(v) if k else v for v, k in zip(leaves, is_key, strict=True)]
-
-    def apply(raw, cts):
-        wrapped = [
-            v if impl is None else jax.random.wrap_key_data(v, impl=impl)
-            for v, impl in zip(raw, impls, strict=True)
-        ]
-        return treedef.unflatten(wrapped)(cts)
-
-    return raw, apply
 
 
 def _trace_pulls(apply: Any, residuals: list, cts: list, n_carry: int) -> dict[str, Any]:

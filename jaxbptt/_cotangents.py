@@ -46,9 +46,7 @@ def _canonical(tree: PyTree, name: str) -> PyTree:
     )
 
 
-def _checked(
-    primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[int] = ()
-) -> list:
+def _checked(primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[int] = ()) -> list:
     expected = tuple(
         LeafType((*rows, *leaf.shape), leaf.dtype if leaf.differentiable else _FLOAT0)
         for leaf in primal.leaves
@@ -63,4 +61,6 @@ def _checked(
         type_of(ct),
         remedy,
     )
-    return [v for v, leaf in zip(jax.tree.leaves(ct), primal.leaves, strict=True) if leaf.differentiable]
+    return [
+        v for v, leaf in zip(jax.tree.leaves(ct), primal.leaves, strict=True) if leaf.differentiable
+    ]

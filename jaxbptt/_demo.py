@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxbptt._demo_text import UsageError, Symbols
+from jaxbptt._demo_text import Symbols, UsageError
 from jaxbptt._record import record
 from jaxbptt._tape import Tape
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,17 +57,7 @@ def look(model: Model, run: Run, held_out: Symbols, lags: int) -> Seen:
 
 def held_out_bits(model: Model, params: Params, held_out: Symbols) -> float:
     """Bits per character on held-out streams (steps, streams); the carry flows through."""
-
-    @jax.jit
-    def mean_loss(params: Params, held_out: jax.Array) -> jax.Array:
-        _, losses = jax.lax.scan(
-            lambda carry, x: model.loss(params, carry, x),
-            model.carry(held_out.shape[1]),
-            (held_out[:-1], held_out[1:]),
-        )
-        return losses.mean()
-
-    return float(mean_loss(params, jnp.asarray(held_out))) / math.log(2)
+    return float(_mean_loss(model, params, jnp.asarray(held_out))) / math.log(2)
 
 
 def gradient_by_lag(
@@ -82,29 +73,8 @@ def gradient_by_lag(
         held_out: int32 (steps, streams), of more than `lags` steps.
         lags: how far to look back, however long the window was in training.
     """
-    rec = record(model.losses, window=lags, weights="current")
-    streams = held_out.shape[1]
-
-    def put(params: Params, tape: Tape, x: Pair) -> Tape:
-        one_hot = jax.nn.one_hot(x[0], model.symbols, dtype=jnp.float32)
-        return rec(params, tape, (one_hot, x[1]))[0]
-
-    @jax.jit
-    def norms(params: Params, xs: Pair) -> jax.Array:
-        def look(tape: Tape, x: Pair) -> tuple[Tape, jax.Array]:
-            tape = put(params, tape, x)
-            ct = rec.pullback(params, tape, jnp.ones((1, streams), jnp.float32))
-            return tape, jnp.linalg.norm(ct.xs[0], axis=2).mean(1)
-
-        blank = jnp.zeros((streams, model.symbols), jnp.float32), jnp.zeros(streams, jnp.int32)
-        tape = rec.init(params, model.carry(streams), blank)
-        before = jax.tree.map(lambda a: a[: lags - 1], xs)
-        after = jax.tree.map(lambda a: a[lags - 1 :], xs)
-        tape, _ = jax.lax.scan(lambda tape, x: (put(params, tape, x), None), tape, before)
-        return jax.lax.scan(look, tape, after)[1].mean(0)
-
     xs = jnp.asarray(held_out[: lags + _POSITIONS])
-    return np.asarray(norms(params, (xs[:-1], xs[1:])))[::-1]
+    return np.asarray(_norms(model, lags, params, (xs[:-1], xs[1:])))[::-1]
 
 
 def sample(model: Model, params: Params, prompt: Symbols, length: int, seed: int) -> Symbols:
@@ -126,3 +96,34 @@ def sample(model: Model, params: Params, prompt: Symbols, length: int, seed: int
         return jax.lax.scan(one, start, (given, keys))[1][-length:]
 
     return np.asarray(draw(params, jnp.asarray(given), jax.random.key(seed)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _mean_loss(model: Model, params: Params, held_out: jax.Array) -> jax.Array:
+    _, losses = jax.lax.scan(
+        lambda carry, x: model.loss(params, carry, x),
+        model.carry(held_out.shape[1]),
+        (held_out[:-1], held_out[1:]),
+    )
+    return losses.mean()
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _norms(model: Model, lags: int, params: Params, xs: Pair) -> jax.Array:
+    """Mean norms, oldest first, over the steps that have a full tape behind them."""
+    rec = record(model.losses, window=lags, weights="current")
+    streams = xs[0].shape[1]
+
+    def put(tape: Tape, x: Pair) -> tuple[Tape, None]:
+        one_hot = jax.nn.one_hot(x[0], model.symbols, dtype=jnp.float32)
+        return rec(params, tape, (one_hot, x[1]))[0], None
+
+    def measure(tape: Tape, x: Pair) -> tuple[Tape, jax.Array]:
+        tape, _ = put(tape, x)
+        ct = rec.pullback(params, tape, jnp.ones((1, streams), jnp.float32))
+        return tape, jnp.linalg.norm(ct.xs[0], axis=2).mean(1)
+
+    blank = jnp.zeros((streams, model.symbols), jnp.float32), jnp.zeros(streams, jnp.int32)
+    tape = rec.init(params, model.carry(streams), blank)
+    tape, _ = jax.lax.scan(put, tape, jax.tree.map(lambda a: a[: lags - 1], xs))
+    return jax.lax.scan(measure, tape, jax.tree.map(lambda a: a[lags - 1 :], xs))[1].mean(0)

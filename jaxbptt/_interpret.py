@@ -115,7 +115,12 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """
     p = eqn.params
     body, length = p["jaxpr"], p["length"]
-    n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+    # Since JAX 0.12 the equation doesn't say how many carries and xs it has. Outside
+    # the body an x and a y have one axis more, a carry and a const as many as inside.
+    m = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, body.jaxpr.invars, strict=True))
+    n = m - sum(
+        a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.jaxpr.outvars, strict=True)
+    )
     consts, init, xs = values[:n], values[n:m], values[m:]
     if length == 0:
         return [UNKNOWN] * len(eqn.outvars)

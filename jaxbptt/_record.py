@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors, _tape
-from jaxbptt._avals import canonical, struct_of
+from jaxbptt._avals import canonical, stand_in
 from jaxbptt._call import call, tape_window
 from jaxbptt._chain import pull_window
 from jaxbptt._closure import Closure, trace
@@ -130,14 +130,14 @@ class Recorder:
             `window` pullbacks of the step.
         """
         _errors.is_tape(tape, Tape)
-        params, x = canonical(params, "params"), struct_of(tape._settings.x)
+        params, x = canonical(params, "params"), stand_in(tape._settings.x)
         closure = self._resume(params, tape, x)
         rows, ct_ys = given_ct_ys(closure, ct_ys, self.window)
         lam = given_ct_carry(closure, tape.carry, ct_carry)
         fixed = closure.derive(jax.tree.leaves(params))
         steps = min(self.window, rows + max(self.window - self.every, 0))
         window = tape_window(tape, fixed, steps)
-        ct = pull_window(closure, window, lam, ct_ys, rows, keep_xs=True)
+        ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
         missing = self.window - steps
         xs = [jnp.pad(jnp.flip(v, 0), [(missing, 0)] + [(0, 0)] * (v.ndim - 1)) for v in ct.xs]
         return Cotangents(

@@ -11,7 +11,7 @@ from jaxbptt._types import PyTree, StepFn, TreeType, type_of
 def trace_step(
     step: StepFn, params: PyTree, carry: PyTree, x: PyTree, has_aux: bool
 ) -> tuple[core.ClosedJaxpr, TreeType]:
-    """The step as a jaxpr, with the arrays it closes over as consts, and the type of (carry, y, aux).
+    """The step as a jaxpr, the arrays it closes over as consts; the type of (carry, y, aux).
 
     Raises:
         TypeError: the step doesn't return a pair, or not a carry of the type it was given.
@@ -23,7 +23,9 @@ def trace_step(
         new_carry, y = pair
         aux = None
         if has_aux:
-            _errors.is_pair(y, "y as a pair (y, aux), as has_aux=True says", "Return (carry, (y, aux)).")
+            _errors.is_pair(
+                y, "y as a pair (y, aux), as has_aux=True says", "Return (carry, (y, aux))."
+            )
             y, aux = y
         new_carry = canonical(new_carry, "carry", error=TypeError, giver="step returned ")
         _errors.same_type(

@@ -87,9 +87,7 @@ jax.tree_util.register_dataclass(
 
 def blank(carry: PyTree, slot: Sequence[LeafType], settings: Settings) -> Tape:
     """A tape with nothing recorded: its slots are zeros that no result ever depends on."""
-    ring = [
-        zeros(dataclasses.replace(leaf, shape=(settings.window, *leaf.shape))) for leaf in slot
-    ]
+    ring = [zeros(dataclasses.replace(leaf, shape=(settings.window, *leaf.shape))) for leaf in slot]
     # Three arrays rather than one thrice: a buffer can be donated only once.
     length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
     return Tape(carry, length, ring, head, phase, settings)
@@ -141,9 +139,7 @@ def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any],
 
 def layout(tape: Tape) -> tuple[LeafType, ...]:
     """The types of the residuals in one slot."""
-    return tuple(
-        dataclasses.replace(leaf_type(leaf), shape=leaf.shape[1:]) for leaf in tape._ring
-    )
+    return tuple(dataclasses.replace(leaf_type(leaf), shape=leaf.shape[1:]) for leaf in tape._ring)
 
 
 def due(tape: Tape) -> jax.Array:

@@ -22,13 +22,13 @@ class StepFn(Protocol):
 class LeafType:
     """Shape and dtype of one leaf, equal when these are.
 
-    `vma` (the mesh axes over which the leaf varies inside `shard_map`) rides along
+    `varying` (the mesh axes over which the leaf varies inside `shard_map`) rides along
     and does not count: a tape means the same inside and outside.
     """
 
     shape: tuple[int, ...]
     dtype: Any
-    vma: frozenset = dataclasses.field(default=frozenset(), compare=False)
+    varying: frozenset = dataclasses.field(default=frozenset(), compare=False)
 
     def __str__(self) -> str:
         name = "float0" if self.dtype == jax.dtypes.float0 else self.dtype
@@ -60,7 +60,12 @@ def type_of(tree: PyTree) -> TreeType:
 
 def leaf_type(leaf: Any) -> LeafType:
     """The type of one array, tracer, abstract value or ShapeDtypeStruct."""
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array):  # tracers are too
         leaf = jax.typeof(leaf)
-    vma = getattr(leaf, "vma", None) or frozenset()
-    return LeafType(tuple(leaf.shape), leaf.dtype, vma)
+    return LeafType(tuple(leaf.shape), leaf.dtype, varying(leaf))
+
+
+def varying(aval: Any) -> frozenset:
+    """The mesh axes over which an abstract value varies inside `shard_map`."""
+    manual = getattr(aval, "manual_axis_type", None)  # JAX 0.10 on; before, it was called vma
+    return manual.varying if manual else getattr(aval, "vma", None) or frozenset()

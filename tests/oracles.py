@@ -54,7 +54,8 @@ def stack(trees: list) -> Any:
 
 def unstack(tree: Any, length: int) -> list:
     """A list of trees, one for each step."""
-    return [jax.tree.map(lambda leaf: leaf[s], tree) for s in range(length)]
+    leaves, treedef = jax.tree.flatten(tree)
+    return [treedef.unflatten([leaf[s] for leaf in leaves]) for s in range(length)]
 
 
 def random_like(tree: Any, seed: int) -> Any:
@@ -96,7 +97,7 @@ class Run:
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`.
-        thetas: list of T parameter trees, or one tree for all steps.
+        thetas: list of T parameter trees, or one tree (not a list) for all steps.
         carry: the carry that enters step 1.
         xs: inputs, leaves (T, ...).
         length: T.

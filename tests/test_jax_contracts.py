@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
@@ -348,6 +349,7 @@ def test_cond_takes_the_index_first_and_false_is_branch_zero():
     [
         ("broadcast_in_dim", lambda x: jnp.broadcast_to(x, (2, 3))),
         ("concatenate", lambda x: jnp.concatenate([x, x])),
+        ("conv_general_dilated", lambda x: lax.conv(x[None, None], W[:1, None], (1,), "SAME")),
         ("conj", lambda x: jnp.conj(lax.complex(x, x))),
         ("convert_element_type", lambda x: x.astype(jnp.bfloat16)),
         ("copy", lambda x: jnp.copy(x)),
@@ -359,6 +361,7 @@ def test_cond_takes_the_index_first_and_false_is_branch_zero():
         ("gather", lambda x: x[jnp.array([0, 2])]),
         ("imag", lambda x: jnp.imag(lax.complex(x, x))),
         ("mul", lambda x: x * X),
+        ("name", lambda x: checkpoint_name(x, "h")),
         ("neg", jnp.negative),
         ("pad", lambda x: jnp.pad(x, 1)),
         ("real", lambda x: jnp.real(lax.complex(x, x))),
@@ -399,6 +402,33 @@ def test_reduce_sum_says_its_axes():
 def test_scatter_add_takes_operand_indices_updates():
     eqn = equation(lambda w: w.at[jnp.array([2, 0])].add(W[:2]), W, name="scatter-add")
     assert [v.aval.shape for v in eqn.invars] == [(3, 3), (2, 1), (2, 3)]
+
+
+def pulled(function, *args):
+    """The equations of a function's pullback."""
+    y, pull = jax.vjp(function, *args)
+    return jax.make_jaxpr(pull)(y).jaxpr.eqns
+
+
+def test_an_embedding_gets_its_cotangent_by_a_scatter_add_into_zeros():
+    eqns = pulled(lambda w: w[jnp.array([2, 0, 2])], W)
+    (scatter,) = [eqn for eqn in eqns if eqn.primitive.name == "scatter-add"]
+    (made,) = [eqn for eqn in eqns if scatter.invars[0] in eqn.outvars]
+    assert made.primitive.name == "broadcast_in_dim"
+    assert isinstance(made.invars[0], core.Literal)
+    assert made.invars[0].val == 0
+
+
+def test_a_slice_gets_its_cotangent_by_a_pad_with_a_literal_zero():
+    (pad,) = [eqn for eqn in pulled(lambda w: w[:, :2], W) if eqn.primitive.name == "pad"]
+    assert isinstance(pad.invars[1], core.Literal)
+    assert pad.invars[1].val == 0
+
+
+def test_a_matrix_gets_its_cotangent_by_one_dot_general_and_transposes():
+    names = {eqn.primitive.name for eqn in pulled(lambda w: X[None] @ w, W)}
+    assert "dot_general" in names
+    assert names <= {"dot_general", "transpose", "reshape", "convert_element_type", "mul"}
 
 
 # ------------------------------------------------------------------------- custom_vjp
@@ -536,14 +566,29 @@ def test_zeros_are_made_varying_by_pcast_or_pvary():
     assert seen[0] == frozenset({"i"})
 
 
-def test_a_shape_dtype_struct_carries_the_mesh_axes():
-    axes = frozenset({"i"})
-    if hasattr(jax.sharding, "ManualAxisType"):
-        kind = jax.sharding.ManualAxisType(varying=axes)
-        struct = jax.ShapeDtypeStruct((3,), F32, manual_axis_type=kind)
-        assert struct.manual_axis_type.varying == axes
-    else:
-        assert jax.ShapeDtypeStruct((3,), F32, vma=axes).vma == axes
+def test_a_weight_shared_by_the_mesh_gets_its_cotangent_through_a_known_psum():
+    names = set()
+
+    def local(x):
+        w = jnp.ones((), F32)  # varies over no axis, x does
+        pull = jax.vjp(lambda w: w * x, w)[1]
+        names.update(eqn.primitive.name for eqn in jax.make_jaxpr(pull)(x).jaxpr.eqns)
+        return x
+
+    on_one_device(local)
+    assert names & {"psum", "psum2", "psum_invariant"}
+
+
+def test_a_tracer_is_an_array_and_a_tracer():
+    seen = []
+
+    def look(x):
+        seen.append((isinstance(x, jax.Array), isinstance(x, jax.core.Tracer)))
+        return x
+
+    jax.jit(look)(X)
+    assert seen == [(True, True)]
+    assert not isinstance(X, jax.core.Tracer)
 
 
 def test_a_shape_dtype_struct_is_strongly_typed():

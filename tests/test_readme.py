@@ -1,4 +1,4 @@
-"""The README holds: its code runs, its commands are the ones that CI runs, its file list is true."""
+"""The README holds: its code runs, its commands are those that CI runs, its file list is true."""
 
 import ast
 import os

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-B, D, H, O, V = 2, 3, 4, 5, 6  # batch, input, state, output, vocabulary
+B, D, H, Y, V = 2, 3, 4, 5, 6  # batch, input, state, output, vocabulary
 
 
 class Case(NamedTuple):
@@ -84,7 +84,7 @@ def tanh_rnn(dtype):
         h = _rnn(params, h, x)
         return h, h @ params["wy"]
 
-    return Case(step, {**_rnn_params(dtype), "wy": normal(5, dtype, H, O)}, _h(dtype), _xs(dtype))
+    return Case(step, {**_rnn_params(dtype), "wy": normal(5, dtype, H, Y)}, _h(dtype), _xs(dtype))
 
 
 def _xs(dtype):
@@ -122,7 +122,7 @@ def lstm(dtype):
     params = {
         "w": normal(1, dtype, D + H, 4 * H),
         "b": normal(2, dtype, 4 * H),
-        "wy": normal(3, dtype, H, O),
+        "wy": normal(3, dtype, H, Y),
     }
     return Case(step, params, (_h(dtype), _h(dtype, 5)), _xs(dtype))
 
@@ -169,7 +169,7 @@ def bfloat16(dtype):
         h = _rnn(w, h.astype(jnp.bfloat16), x.astype(jnp.bfloat16))
         return h.astype(dtype), (h @ w["wy"]).astype(dtype)
 
-    params = {**_rnn_params(dtype), "wy": normal(5, dtype, H, O)}
+    params = {**_rnn_params(dtype), "wy": normal(5, dtype, H, Y)}
     return Case(step, params, _h(dtype), _xs(dtype))
 
 
@@ -190,7 +190,7 @@ def complex_recurrence(dtype):
         "nu": normal(1, dtype, H),
         "theta": normal(2, dtype, H),
         "b": matrix(3, D, H),
-        "c": matrix(5, H, O),
+        "c": matrix(5, H, Y),
     }
     return Case(step, params, matrix(7, B, H), _xs(dtype))
 
@@ -396,7 +396,7 @@ def _spiking(spike, dtype):
         "leak": normal(1, dtype, H) + 0.8,
         "wx": normal(2, dtype, D, H, scale=1.0),
         "wh": normal(3, dtype, H, H),
-        "wy": normal(4, dtype, H, O),
+        "wy": normal(4, dtype, H, Y),
     }
     return Case(step, params, (_h(dtype), jnp.zeros((B, H), dtype)), _xs(dtype))
 
