@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import jax
 import numpy as np
 
 from jaxbptt._demo_text import Text, UsageError, prepare, read
@@ -43,11 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             _need(package)
         return _job(options)
     except UsageError as fault:
-        print(f"jaxbptt: error: {' '.join(str(fault).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(fault))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        said = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in said or "exhausted" in said:
+            return _refuse("the model is too large. Lower --hidden, --batch or --window.")
+        raise
     except KeyboardInterrupt:
         print("jaxbptt: interrupted before there was anything to keep", file=sys.stderr)
         return 130
+
+
+def _refuse(fault: str) -> int:
+    print(f"jaxbptt: error: {' '.join(fault.split())}", file=sys.stderr)
+    return 2
 
 
 def _job(options: argparse.Namespace) -> int:
@@ -58,7 +68,9 @@ def _job(options: argparse.Namespace) -> int:
     if options.every > options.steps:
         raise UsageError("--every must be at most --steps, or there is never a gradient.")
     text = prepare(*read(options.text), streams=options.batch, window=options.window)
-    _check_writable(options.out)
+    with _writing(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(options, name) for name in names})
     baseline = dataclasses.replace(settings, window=1, every=1)
@@ -78,8 +90,7 @@ def _job(options: argparse.Namespace) -> int:
                 run = _train(model, text, plan, stopped)
                 done.append(look(model, run, text.held_out, 2 * settings.window))
         prompt = text.held_out[:_PROMPT, -1]
-        drawn = sample(model, done[0].run.params, prompt, _SAMPLE, settings.seed)
-        said = text.decode(drawn)
+        said = text.decode(sample(model, done[0].run.params, prompt, _SAMPLE, settings.seed))
         _keep(options.out, text, done, said, stopped())
     _tell(done, said, options.out)
     if stopped():
@@ -125,6 +136,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 def _keep(out: Path, text: Text, done: "list[Seen]", said: str, interrupted: bool) -> None:
     """Writes the parameters, the results and the picture."""
+    from jaxbptt._demo_picture import picture
+
     facts = {
         "text": text.name,
         "characters": text.characters,
@@ -133,17 +146,11 @@ def _keep(out: Path, text: Text, done: "list[Seen]", said: str, interrupted: boo
         "runs": [seen.facts() for seen in done],
         "sample": said,
     }
-    from jaxbptt._demo_picture import picture
-
     params: dict[str, Any] = {k: np.asarray(v) for k, v in done[0].run.params.items()}
-    try:
+    with _writing(out):
         np.savez(out / "parameters.npz", **params)
         (out / "results.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
         picture(done).savefig(out / "curves.png", dpi=120)
-    except OSError as error:
-        raise UsageError(
-            f"--out {str(out)!r} cannot be written: {error.strerror or error}."
-        ) from None
 
 
 def _tell(done: "list[Seen]", said: str, out: Path) -> None:
@@ -186,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", metavar="FILE", help="UTF-8 text; without it the documentation inside Python")
     add("--window", type=count, default=20, help="how many steps the gradient reaches back")
     add("--every", type=count, default=1, help="after how many steps there is a gradient")
-    add("--weights", choices=("stored", "current"), default="current", help="whose parameters")
+    add(
+        "--weights", choices=("stored", "current"), default="current", help="each step's or today's"
+    )
     add("--cell", choices=("rnn", "gru", "lstm"), default="gru")
     add("--hidden", type=count, default=128, help="size of the cell")
     add("--batch", type=count, default=32, help="streams in parallel")
@@ -226,10 +235,11 @@ def _need(package: str) -> None:
         ) from None
 
 
-def _check_writable(out: Path) -> None:
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Says in a sentence what keeps the results from being written."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        yield
     except OSError as error:
         raise UsageError(
             f"--out {str(out)!r} cannot be written: {error.strerror or error}."

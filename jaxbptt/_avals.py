@@ -10,9 +10,7 @@ from jaxbptt import _errors
 from jaxbptt._types import LeafType, PyTree, TreeType, varying
 
 
-def canonical(
-    tree: PyTree, name: str, *, structs: bool = False, giver: str = "", error: Any = ValueError
-) -> PyTree:
+def canonical(tree: PyTree, name: str, *, structs: bool = False, returned: bool = False) -> PyTree:
     """Makes every leaf a strongly typed array of a dtype that JAX has.
 
     Python scalars, weakly typed arrays and NumPy's float64 would otherwise give a
@@ -22,18 +20,23 @@ def canonical(
         tree: arrays, tracers or numbers.
         name: what a message calls the tree.
         structs: whether ShapeDtypeStructs are allowed, and kept.
-        giver: who returned the tree, for a message, e.g. "step returned ".
-        error: the type of exception for a leaf that is none of these.
+        returned: whether the step returned it, or the user passed it in.
+
+    Raises:
+        TypeError: a leaf that the step returned is none of these.
+        ValueError: a leaf that was passed in is none of these.
     """
 
-    def one(path, leaf):
+    def one(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct) and structs:
             return _canonical_struct(leaf)
+        if getattr(leaf, "dtype", None) == jax.dtypes.float0:  # the cotangent of an integer
+            return leaf
         try:
             leaf = jnp.asarray(leaf)
         except (TypeError, ValueError) as cause:
             path = name + jax.tree_util.keystr(path)
-            raise _errors.not_an_array(path, leaf, giver, error) from cause
+            raise _errors.not_an_array(path, leaf, returned=returned) from cause
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
         return lax.convert_element_type(leaf, leaf.dtype)
@@ -53,7 +56,7 @@ def _canonical_struct(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def stand_in(kind: TreeType) -> PyTree:
     """Something of a type to trace with, where there are no arrays."""
 
-    def one(leaf):
+    def one(leaf: LeafType) -> Any:
         return zeros(leaf) if leaf.varying else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     return kind.treedef.unflatten([one(leaf) for leaf in kind.leaves])
@@ -65,6 +68,6 @@ def zeros(aval: Any) -> jax.Array:
     axes = tuple(sorted(aval.varying if isinstance(aval, LeafType) else varying(aval)))
     if not axes:
         return array
-    if hasattr(lax, "pcast"):  # JAX 0.8 on; before, the same thing was called pvary
+    if hasattr(lax, "pcast"):
         return lax.pcast(array, axes, to="varying")
-    return lax.pvary(array, axes)
+    return getattr(lax, "pvary")(array, axes)  # noqa: B009  its name before JAX 0.8

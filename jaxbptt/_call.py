@@ -13,6 +13,8 @@ from jaxbptt._closure import Closure, fill, pick
 from jaxbptt._tape import Tape
 from jaxbptt._types import PyTree, type_of
 
+Leaves = dict[str, list]  # leaves by group
+
 _GROUPS = ("hoisted", "params", "x")
 
 
@@ -29,7 +31,7 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
     still = {name: pick(masks[name], leaves, False) for name, leaves in groups.items()}
     every = tape._settings.every
 
-    def run(moving, still, tape, consts):
+    def run(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, list]:
         args = {name: fill(masks[name], moving[name], still[name]) for name in moving}
         bound = closure.bind(consts | {"hoisted": args["hoisted"]})
         carry_leaves = jax.tree.leaves(tape.carry)
@@ -37,17 +39,17 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
         return (_tape.push(tape, carry, recorded), y, aux), fixed
 
     @jax.custom_vjp
-    def recorded_step(*args):
+    def recorded_step(*args: Any) -> Any:
         return run(*args)[0]
 
-    def forward(moving, still, tape, consts):
+    def forward(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, Any]:
         y = type_of(closure.outputs.tree()[1])
         if every > 1 and not (len(y.leaves) == 1 and _is_scalar(y.leaves[0])):
             raise _errors.loss_not_scalar(y, every)
         outs, fixed = run(moving, still, tape, consts)
         return outs, (outs[0], fixed, consts)
 
-    def backward(saved, cts):
+    def backward(saved: Any, cts: Any) -> tuple[Leaves, None, None, None]:
         tape, fixed, consts = saved
         ct_tape, ct_y, _ = cts
         ct_carry = pick(masks["carry"], jax.tree.leaves(ct_tape.carry))

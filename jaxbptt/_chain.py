@@ -95,7 +95,7 @@ def _sweep(
     consts = closure.consts[program]
     kinds = closure.cotangents
 
-    def trip(state, row):
+    def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
         lag, ct_y = row
         live = lag < window.reach

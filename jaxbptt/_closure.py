@@ -21,7 +21,7 @@ from jax import numpy as jnp
 from jax.extend import core
 
 from jaxbptt._contract import Split
-from jaxbptt._interpret import UNKNOWN, ZERO, drop, interpret, known_rule, prune, zero_rule
+from jaxbptt._interpret import UNKNOWN, ZERO, Value, drop, interpret, known_rule, prune, zero_rule
 from jaxbptt._split import split
 from jaxbptt._step import trace_step
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type
@@ -132,7 +132,7 @@ def trace(
     masks["y"] = _differentiable(jax.tree.leaves(outputs.tree()[1]))
     found: dict[str, Any] = {}
 
-    def record(*leaves):
+    def record(*leaves: Any) -> list:
         outs, residuals, pulls = _vjp(flow, leaves, masks)
         found.update(pulls)
         return [*outs, *residuals]
@@ -191,7 +191,7 @@ def _vjp(
     outs_mask = masks["carry"] + masks["y"]
     n = len(flow.consts)
 
-    def primal(*differentiable):
+    def primal(*differentiable: Any) -> tuple[list, list]:
         every = fill(mask, differentiable, pick(mask, leaves, False))
         outs = core.jaxpr_as_fun(core.ClosedJaxpr(flow.jaxpr, every[:n]))(*every[n:])
         return pick(outs_mask, outs[: len(outs_mask)]), outs
@@ -199,8 +199,8 @@ def _vjp(
     _, pull, outs = jax.vjp(primal, *pick(mask, leaves), has_aux=True)
     residuals, treedef = jax.tree.flatten(pull)
 
-    def apply(residuals, cts):
-        return treedef.unflatten(residuals)(cts)
+    def apply(residuals: list, cts: list) -> tuple:
+        return jax.tree.unflatten(treedef, residuals)(cts)
 
     examples = pick(outs_mask, outs[: len(outs_mask)])
     return outs, residuals, _trace_pulls(apply, residuals, examples, sum(masks["carry"]))
@@ -211,10 +211,10 @@ def _trace_pulls(apply: Any, residuals: list, cts: list, n_carry: int) -> dict[s
     closed = jax.make_jaxpr(apply)(residuals, cts)
     zero: list[bool] = []
 
-    def flat(*args):
+    def flat(*args: Any) -> list[Value]:
         return interpret(closed.jaxpr, closed.consts, args, zero_rule)
 
-    def without_y(*args):
+    def without_y(*args: Any) -> list:
         outs = flat(*args, *[ZERO] * (len(cts) - n_carry))
         zero[:] = [v is ZERO for v in outs]
         return drop(outs, outs)
@@ -230,7 +230,7 @@ def _trace_derive(
     """The program for the outputs at `positions` that are known without carry and x."""
     fixed: list[bool] = []
 
-    def known(hoisted, params):
+    def known(hoisted: list, params: list) -> list:
         parameters = [UNKNOWN if stored else v for v in (*hoisted, *params)]
         unknown = [UNKNOWN] * (len(groups["carry"]) + len(groups["x"]))
         outs = interpret(forward.jaxpr, forward.consts, [*parameters, *unknown], known_rule)

@@ -97,7 +97,8 @@ def _product(eqn: core.JaxprEqn, left: jax.Array, right: jax.Array) -> jax.Array
     contract, batch = eqn.params["dimension_numbers"]
     contract = tuple((0, *(axis + 1 for axis in axes)) for axes in contract)
     batch = tuple(tuple(axis + 1 for axis in axes) for axes in batch)
-    dtype = eqn.outvars[0].aval.dtype
+    out: Any = eqn.outvars[0]
+    dtype = out.aval.dtype
     return lax.dot_general(
         left,
         right,
@@ -127,4 +128,5 @@ def _is_narrow(dtype: Any) -> bool:
 
 
 def _widened(value: Any) -> Any:
-    return lax.convert_element_type(value, jnp.float32) if _is_narrow(value.dtype) else value
+    narrow = hasattr(value, "dtype") and _is_narrow(value.dtype)
+    return lax.convert_element_type(value, jnp.float32) if narrow else value

@@ -15,7 +15,7 @@ _FLOAT0 = jax.dtypes.float0
 
 def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list]:
     """How many steps `ct_ys` is for, and its differentiable leaves, each (rows, *y.shape)."""
-    ct_ys = _canonical(ct_ys, "ct_ys")
+    ct_ys = canonical(ct_ys, "ct_ys")
     rows = _errors.rows_of(type_of(ct_ys), window)
     y = type_of(closure.outputs.tree()[1])
     return rows, _checked(y, ct_ys, "ct_ys", "of y, with an axis over steps in front", (rows,))
@@ -25,7 +25,7 @@ def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
     """The differentiable leaves of `ct_carry`, which may be None for zero."""
     if ct_carry is None:
         return [zeros(kind) for kind in closure.cotangents["carry"]]
-    ct_carry = _canonical(ct_carry, "ct_carry")
+    ct_carry = canonical(ct_carry, "ct_carry")
     return _checked(type_of(carry), ct_carry, "ct_carry", "of the carry")
 
 
@@ -33,17 +33,7 @@ def with_float0(mask: Mask, cts: list, primal: PyTree, rows: tuple[int, ...] = (
     """Cotangents in the structure of `primal`, float0 where nothing can flow."""
     leaves, treedef = jax.tree.flatten(primal)
     empty = [np.zeros((*rows, *leaf.shape), _FLOAT0) for leaf in pick(mask, leaves, False)]
-    return treedef.unflatten(fill(mask, cts, empty))
-
-
-def _canonical(tree: PyTree, name: str) -> PyTree:
-    leaves, treedef = jax.tree.flatten(tree)
-    is_float0 = [getattr(leaf, "dtype", None) == _FLOAT0 for leaf in leaves]
-    rest = treedef.unflatten(fill(is_float0, [0] * sum(is_float0), pick(is_float0, leaves, False)))
-    usable = jax.tree.leaves(canonical(rest, name))
-    return treedef.unflatten(
-        [old if f else new for f, old, new in zip(is_float0, leaves, usable, strict=True)]
-    )
+    return jax.tree.unflatten(treedef, fill(mask, cts, empty))
 
 
 def _checked(primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[int] = ()) -> list:

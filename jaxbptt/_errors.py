@@ -86,14 +86,17 @@ def same_type(
     raise error(f"{lead}, but {count}:\n{_bullets(rows)}\n{remedy}")
 
 
-def not_an_array(path: str, leaf: Any, giver: str, error: type[Exception]) -> Exception:
+def not_an_array(path: str, leaf: Any, *, returned: bool) -> Exception:
     """The error for a leaf that JAX can't make an array of."""
-    remedy = (
-        "Leave out of it what is not an array."
-        if giver
-        else "Let the step close over what is not an array."
+    if returned:
+        return TypeError(
+            f"step must return arrays or numbers, but {path} is {_kind(leaf)}. "
+            "Leave out of it what is not an array."
+        )
+    return ValueError(
+        f"{path} must be an array or a number, but got {_kind(leaf)}. "
+        "Let the step close over what is not an array."
     )
-    return error(f"{giver}{path} must be an array or a number, but got {_kind(leaf)}. {remedy}")
 
 
 def is_tape(value: Any, tape_class: type) -> None:

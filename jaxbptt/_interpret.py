@@ -43,7 +43,7 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
     env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(atom):
+    def read(atom: Any) -> Value:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
@@ -91,7 +91,7 @@ def merge(values: Sequence, marks: Sequence) -> list:
 
 
 def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence]:
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    inner: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
 
 
@@ -117,19 +117,17 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     body, length = p["jaxpr"], p["length"]
     # Since JAX 0.12 the equation doesn't say how many carries and xs it has. Outside
     # the body an x and a y have one axis more, a carry and a const as many as inside.
-    m = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, body.jaxpr.invars, strict=True))
-    n = m - sum(
-        a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.jaxpr.outvars, strict=True)
-    )
+    m = sum(_same_rank(eqn.invars, body.jaxpr.invars))
+    n = m - sum(_same_rank(eqn.outvars, body.jaxpr.outvars))
     consts, init, xs = values[:n], values[n:m], values[m:]
     if length == 0:
         return [UNKNOWN] * len(eqn.outvars)
 
-    def trip(carry, x):
+    def trip(carry: list, x: list) -> list[Value]:
         args = [*consts, *merge(carry, init), *merge(x, xs)]
         return interpret(body.jaxpr, body.consts, args, known_rule)
 
-    def first(carry, xs):
+    def first(carry: list, xs: list) -> list[Value]:
         return trip(carry, [lax.index_in_dim(x, 0, keepdims=False) for x in xs])
 
     # A carry that enters known may leave unknown: start again with it unknown.
@@ -141,7 +139,7 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
             break
     ys_kinds = kinds[len(init) :]
 
-    def known_trip(carry, x):
+    def known_trip(carry: list, x: list) -> tuple[list, list]:
         outs = trip(carry, x)
         return drop(outs[: len(init)], init), drop(outs[len(init) :], ys_kinds)
 
@@ -156,11 +154,15 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     return merge(last, init) + merge(ys, ys_kinds)
 
 
+def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
+    return [a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True)]
+
+
 def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     index, operands = values[0], values[1:]
 
-    def runner(branch):
-        def run(arrays):
+    def runner(branch: core.ClosedJaxpr) -> Callable[[list], list[Value]]:
+        def run(arrays: list) -> list[Value]:
             return interpret(branch.jaxpr, branch.consts, merge(arrays, operands), known_rule)
 
         return run
@@ -172,11 +174,11 @@ def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     return merge(lax.switch(index, branches, drop(operands, operands)), kinds)
 
 
-def _kinds(run: Callable[..., list[Value]], *arrays) -> list[Value]:
+def _kinds(run: Callable[..., list[Value]], *arrays: Any) -> list[Value]:
     """For each output of `run` its Marker, or None where it is an array."""
     kinds: list[Value] = []
 
-    def look(*arrays):
+    def look(*arrays: Any) -> None:
         kinds[:] = [v if isinstance(v, Marker) else None for v in run(*arrays)]
 
     jax.eval_shape(look, *arrays)

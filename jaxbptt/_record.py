@@ -118,9 +118,10 @@ class Recorder:
             ct_carry: cotangent of the tape's carry; None for zero.
 
         Returns:
-            `Cotangents(params, carry, xs)`. m outputs reach back m + max(window - every, 0)
-            steps before the newest one, at most `window`; rows of `ct_ys` from before the
-            first recorded step count as nothing.
+            `Cotangents(params, carry, xs)`. Together the m outputs reach back over
+            min(window, m + max(window - every, 0)) steps, the newest included: all of the
+            window unless m falls short of `every`. Rows of `ct_ys` from before the first
+            recorded step count as nothing.
 
         Raises:
             ValueError: the tape is not one of this recorder's, or the cotangents have

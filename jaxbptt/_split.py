@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from jaxbptt._contract import Atom, Split
@@ -40,7 +41,8 @@ def split(
     maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     weights, outs = ([ZERO if _is_zero(v, maker) else v for v in vs] for vs in (weights, outs))
     fixed = _fixed(jaxpr, constant)
-    after, in_loop = _walk_back(jaxpr, fixed, maker, _variables(weights), _variables(outs))
+    eqns = _needed(jaxpr.eqns, _variables([*weights, *outs]))
+    after, in_loop = _walk_back(eqns, fixed, maker, _variables(weights), _variables(outs))
     made_after = {v for eqn in after for v in eqn.outvars}
     ends = [v for eqn in after for v in _variables(eqn.invars) if v not in fixed]
     leaves = [v for v in dict.fromkeys(ends + _variables(weights)) if v not in made_after]
@@ -58,9 +60,9 @@ def split(
         jaxpr=jaxpr,
         outs=outs,
         weights=weights,
-        at_lag=_needed(jaxpr.eqns, _variables([*outs, *emitted, *operands, *plain])),
+        at_lag=_needed(eqns, _variables([*outs, *emitted, *operands, *plain])),
         after=_needed(
-            [e for e in jaxpr.eqns if e.outvars[0] in made_after or e.outvars[0] in fixed],
+            [e for e in eqns if e.outvars[0] in made_after or e.outvars[0] in fixed],
             [v for v in _variables(weights) if v not in leaves],
         ),
         products=products,
@@ -81,12 +83,12 @@ def _fixed(jaxpr: core.Jaxpr, constant: Sequence[bool]) -> set:
 
 
 def _walk_back(
-    jaxpr: core.Jaxpr, fixed: set, maker: Maker, weights: list, outs: list
+    eqns: list[core.JaxprEqn], fixed: set, maker: Maker, weights: list, outs: list
 ) -> tuple[list[core.JaxprEqn], set]:
     """The linear passes between the leaves and the weights, and what the loop itself needs."""
     in_loop, to_weights = set(outs), set(weights)
     after = []
-    for eqn in reversed(jaxpr.eqns):
+    for eqn in reversed(eqns):
         if fixed.issuperset(eqn.outvars):
             continue
         if _is_linear(eqn, fixed, maker) and not in_loop.intersection(eqn.outvars):
@@ -99,7 +101,9 @@ def _walk_back(
 
 
 def _is_linear(eqn: core.JaxprEqn, fixed: set, maker: Maker) -> bool:
-    name, (out, *others) = eqn.primitive.name, eqn.outvars
+    name = eqn.primitive.name
+    out: Any
+    out, *others = eqn.outvars
     moving = [v for v in _variables(eqn.invars) if v not in fixed]
     if others or not moving:
         return False
@@ -114,7 +118,7 @@ def _is_linear(eqn: core.JaxprEqn, fixed: set, maker: Maker) -> bool:
         # Rounding a sum once is not the sum of what was rounded, and adding up in the
         # narrower type loses digits; a product over all lags at once does neither.
         return _widens(moving[0].aval, out.aval) and _comes_from_product(moving[0], maker)
-    if name == "pad" and not (isinstance(eqn.invars[1], core.Literal) and eqn.invars[1].val == 0):
+    if name == "pad" and not _is_zero(eqn.invars[1], maker):
         return False
     return moving[0] is eqn.invars[0]
 
@@ -138,9 +142,9 @@ def _worthwhile(products: list[core.JaxprEqn], fixed: set) -> tuple[list, list]:
     emitted: dict[Any, None] = {}
     for _ in range(2):  # an operand that one product pays for is free to another before it
         for eqn in products:
-            operands = {v for v in eqn.invars if v not in emitted}
-            size = sum(v.aval.size for v in operands)
-            if size <= _WORTH * eqn.outvars[0].aval.size and not fixed.intersection(eqn.invars):
+            product: Any = eqn.outvars[0]
+            size = sum(v.aval.size for v in set(_variables(eqn.invars)) if v not in emitted)
+            if size <= _WORTH * product.aval.size and not fixed.intersection(eqn.invars):
                 chosen[id(eqn)] = eqn
                 emitted.update(dict.fromkeys(eqn.invars))
     return [e for e in products if id(e) in chosen], list(emitted)
@@ -148,7 +152,7 @@ def _worthwhile(products: list[core.JaxprEqn], fixed: set) -> tuple[list, list]:
 
 def _is_zero(atom: Atom, maker: Maker) -> bool:
     if isinstance(atom, core.Literal):
-        return bool(atom.val == 0)
+        return not np.any(np.asarray(atom.val))
     made = maker.get(atom)
     return (
         made is not None
@@ -166,5 +170,5 @@ def _needed(eqns: Sequence[core.JaxprEqn], wanted: Iterable) -> list[core.JaxprE
     return kept[::-1]
 
 
-def _variables(atoms: Iterable[Atom]) -> list:
+def _variables(atoms: Iterable[Atom]) -> list[Any]:
     return [v for v in atoms if isinstance(v, core.Var)]

@@ -17,9 +17,10 @@ def trace_step(
         TypeError: the step doesn't return a pair, or not a carry of the type it was given.
     """
 
-    def checked(params, carry, x):
+    def checked(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         pair = step(params, carry, x)
-        _errors.is_pair(pair, "a pair (carry, y)", "Several outputs go into y: (carry, (a, b)).")
+        remedy = "Return (carry, None) if there is no output, (carry, (a, b)) if there are several."
+        _errors.is_pair(pair, "a pair (carry, y)", remedy)
         new_carry, y = pair
         aux = None
         if has_aux:
@@ -27,7 +28,7 @@ def trace_step(
                 y, "y as a pair (y, aux), as has_aux=True says", "Return (carry, (y, aux))."
             )
             y, aux = y
-        new_carry = canonical(new_carry, "carry", error=TypeError, giver="step returned ")
+        new_carry = canonical(new_carry, "carry", returned=True)
         _errors.same_type(
             "step must return a carry of the type it was given",
             "carry",
@@ -38,8 +39,8 @@ def trace_step(
             words=("in", "out"),
             error=TypeError,
         )
-        y = canonical(y, "y", error=TypeError, giver="step returned ")
-        return new_carry, y, canonical(aux, "aux", error=TypeError, giver="step returned ")
+        y = canonical(y, "y", returned=True)
+        return new_carry, y, canonical(aux, "aux", returned=True)
 
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
     return closed, type_of(shapes)

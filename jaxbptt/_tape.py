@@ -130,7 +130,7 @@ def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any],
     """
     window = ring[0].shape[0] if ring else 1
 
-    def read(lag):
+    def read(lag: Any) -> list[jax.Array]:
         slot = (head - jnp.clip(lag, 0, jnp.maximum(length - 1, 0))) % window
         return [lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring]
 

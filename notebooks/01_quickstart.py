@@ -28,8 +28,11 @@
 import importlib.util
 import pathlib
 
-if importlib.util.find_spec("jaxbptt") is None:  # e.g. on a fresh Colab machine
-    found = [p for p in (".", "..", "jaxbptt") if pathlib.Path(p, "jaxbptt", "_record.py").exists()]
+spec = importlib.util.find_spec("jaxbptt")
+# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
+if spec is None or spec.origin is None:
+    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
+    found = [p for p in places if (p / "jaxbptt" / "_record.py").exists()]
     if not found:
         raise SystemExit(
             "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "

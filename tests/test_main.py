@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,23 +199,26 @@ def test_trains_as_a_plain_loop_does():
     model = Model("gru", 5, 7)
     got = train(model, symbols, settings, report=no_report, stopped=lambda: False)
 
-    @partial(jax.value_and_grad, has_aux=True)
-    def gradient(params, carry, now, following):
-        carry, logits = model.step(params, carry, now)
-        return -jax.nn.log_softmax(logits)[jnp.arange(3), following].mean(), carry
-
-    gradient, params, carry = jax.jit(gradient), model.init(0), model.carry(3)
     rate = optax.cosine_decay_schedule(0.01, 6)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    state, bits = optimizer.init(params), []
-    for time in range(6):
-        place = np.array([0, 10, 20]) + time
 
-        (loss, carry), grads = gradient(params, carry, symbols[place], symbols[place + 1])
-        bits.append(float(loss) / math.log(2))
+    @jax.jit
+    def one(params, state, carry, now, following):
+        def loss_fn(params):
+            new, logits = model.step(params, carry, now)
+            return -jax.nn.log_softmax(logits)[jnp.arange(3), following].mean(), new
+
+        (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state, new, loss
+
+    params, carry, bits = model.init(0), model.carry(3), []
+    state = optimizer.init(params)
+    for time in range(6):
+        place = np.array([0, 10, 20]) + time
+        params, state, carry, loss = one(params, state, carry, symbols[place], symbols[place + 1])
+        bits.append(float(loss) / math.log(2))
     for name, leaf in params.items():
         np.testing.assert_allclose(got.params[name], leaf, rtol=1e-4, atol=1e-6)
     assert got.curve == [(6, pytest.approx(np.mean(bits), rel=1e-5))]
@@ -342,6 +344,16 @@ def test_results_that_cannot_be_replaced(tmp_path):
     with pytest.raises(UsageError, match="cannot be written: Is a directory"):
         _keep(tmp_path, text, done, "a", False)
     assert (tmp_path / "parameters.npz").exists()
+
+
+def test_model_too_large(text, tmp_path, capsys, monkeypatch):
+    def train(*arguments, **options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Out of memory allocating 12000000000000 bytes.")
+
+    monkeypatch.setattr(_demo, "train", train)
+    assert main(["--text", str(text), *SMALL, "--out", str(tmp_path)]) == 2
+    fault = capsys.readouterr().err.splitlines()[-1]
+    assert fault.startswith("jaxbptt: error: the model is too large. Lower --hidden")
 
 
 @pytest.mark.parametrize("package", ["optax", "matplotlib", "tqdm"])

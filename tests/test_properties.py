@@ -107,8 +107,8 @@ def steps(draw):
             for v in jax.tree.leaves((carry, params, x))
         ]
         for name, i, j in program:
-            # The newest values are the likeliest to be used: long chains, few dead ends.
-            a, b = pool[-1 - i % len(pool)], pool[-1 - j % len(pool)]
+            # A new value and an old one: long chains, and inputs that are not left behind.
+            a, b = pool[-1 - i % len(pool)], pool[j % len(pool)]
             pool.append(OPERATIONS[name](a, fit(b, a)))
         leaves, treedef = jax.tree.flatten(carry)
         new = [

@@ -565,8 +565,10 @@ def online_gradients(recorder, example, thetas, ct_y, ct_carry):
     return run(tape, oracles.stack(thetas), example.xs)
 
 
-def tolerance(example):
-    return oracles.tolerance(example.params, example.carry, example.xs)
+def tolerance(name, example):
+    # A product in bfloat16 has its error, whatever the dtype of the weights around it.
+    inside = [jnp.zeros((), jnp.bfloat16)] if name == "mixed_precision" else []
+    return oracles.tolerance(example.params, example.carry, example.xs, inside)
 
 
 # What is kept of the parameters takes another way under "current"; it agrees where
@@ -602,7 +604,7 @@ def test_gradient_inside_the_loop(name, weights):
     for t in range(1, LENGTH + 1):
         want = reference.unrolled(t, oracles.reach(t, WINDOW), [ct_y], ct_carry)
         label = f"step {name}, {weights}"
-        oracles.check(label, [leaf[t - 1] for leaf in got], want.params, tolerance(example))
+        oracles.check(label, [leaf[t - 1] for leaf in got], want.params, tolerance(name, example))
 
 
 @pytest.mark.parametrize("name", CASES)
