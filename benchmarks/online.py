@@ -143,9 +143,8 @@ def main():
         cells += [f"{values[-1]:.2f}" for values in ratios.values()]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     for weights, values in ratios.items():
-        print(
-            f"{weights}: geometric mean {statistics.geometric_mean(values):.2f}, least {min(values):.2f}"
-        )
+        mean = statistics.geometric_mean(values)
+        print(f"{weights}: geometric mean {mean:.2f}, least {min(values):.2f}")
 
 
 if __name__ == "__main__":

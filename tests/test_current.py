@@ -204,6 +204,19 @@ def checkpoint_that_saves_a_name():
     return Cell(step, weights_of(), STATE)
 
 
+@cell
+def checkpoint_off_the_gradient_path():
+    @jax.checkpoint
+    def both(params, h, x):
+        return normalised(params["wh"]), rnn(params, h, x)
+
+    def step(params, h, x):
+        unit, ahead = lax.stop_gradient(both(params, h, x))
+        return with_y(rnn(params | {"wh": unit}, h + ahead, x))
+
+    return Cell(step, weights_of(), STATE)
+
+
 def layer(h, pair):
     params, below = pair
     return bf16_rnn(params, below, h), bf16_rnn(params, below, h)

@@ -520,7 +520,7 @@ def test_a_key_has_an_extended_dtype_and_a_number_has_not():
 
 def test_asarray_refuses_what_is_no_array_with_a_type_error():
     for thing in ("text", object()):
-        with pytest.raises(TypeError, match="JAX|dtype"):
+        with pytest.raises(TypeError, match=r"JAX|dtype"):
             jnp.asarray(thing)
 
 
