@@ -211,7 +211,7 @@ def checkpoint_off_the_gradient_path():
         return normalised(params["wh"]), rnn(params, h, x)
 
     def step(params, h, x):
-        unit, ahead = lax.stop_gradient(both(params, h, x))
+        unit, ahead = both(*lax.stop_gradient((params, h, x)))
         return with_y(rnn(params | {"wh": unit}, h + ahead, x))
 
     return Cell(step, weights_of(), STATE)
