@@ -15,7 +15,8 @@ A loop over single time steps with the gradient inside it; here it reaches back 
 """
 
 from jaxbptt._record import Cotangents, Recorder, record
+from jaxbptt._scan import scan
 from jaxbptt._tape import Tape
 
-__all__ = ["Cotangents", "Recorder", "Tape", "record"]
+__all__ = ["Cotangents", "Recorder", "Tape", "record", "scan"]
 __version__ = "0.1.0"

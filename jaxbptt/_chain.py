@@ -66,10 +66,10 @@ def pull_window(
         # One loop is cheaper than two, where rows of zeros cost next to nothing.
         ct_ys = [_padded(leaf, older) for leaf in newest_first]
         ct = _sweep(closure, window, "pull", 0, window.steps, ct_carry, ct_ys, keep_xs)
-        return dataclasses.replace(ct, weights=_weights(closure, ct.weights))
+        return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
     new = _sweep(closure, window, "pull", 0, rows, ct_carry, newest_first, keep_xs)
     old = _sweep(closure, window, "pull_carry", rows, window.steps, new.carry, [], keep_xs)
-    weights = _weights(closure, _each(_plus, new.weights, old.weights))
+    weights = dense_weights(closure, _each(_plus, new.weights, old.weights))
     return WindowCotangents(weights, old.carry, _each(_joined, new.xs, old.xs))
 
 
@@ -113,7 +113,7 @@ def _sweep(
     (lam, sums), (xs, emitted) = lax.scan(trip, (lam, split.zero_sums()), (lags, ct_ys))
     unvaried = closure.residuals([None] * len(closure.slot), window.fixed)
     unvaried += [None] * (len(split.jaxpr.invars) - len(unvaried))
-    weights = split.finish(consts, unvaried, emitted, sums)
+    weights = split.finish(consts, unvaried, split.contract(emitted), sums)
     return WindowCotangents(weights, lam, xs)
 
 
@@ -121,7 +121,8 @@ def _each(function: Callable, *lists: list) -> list:
     return [function(*items) for items in zip(*lists, strict=True)]
 
 
-def _weights(closure: Closure, values: list) -> list:
+def dense_weights(closure: Closure, values: list) -> list:
+    """The weights' cotangents as arrays, in the weights' own dtypes."""
     kinds = [*closure.cotangents["hoisted"], *closure.cotangents["params"]]
     return _each(lambda v, kind: _dense(v, kind).astype(kind.dtype), values, kinds)
 
@@ -136,6 +137,11 @@ def _joined(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def _plus(a: Value, b: Value) -> Value:
     return b if a is ZERO else a if b is ZERO else a + b
+
+
+def densify(values: list, kinds: list) -> list:
+    """Arrays, where some values may be ZERO."""
+    return _each(_dense, values, kinds)
 
 
 def _dense(value: Value, kind: Any) -> jax.Array:

@@ -81,7 +81,7 @@ class Closure:
         values = fill(self.fixed, fixed, recorded)
         return [values[i] for i in self.place]
 
-    def split(self, name: str, wanted: Sequence[str]) -> Split:
+    def split(self, name: str, wanted: Sequence[str], *, weights: bool = True) -> Split:
         """The program "pull" or "pull_carry", divided, with these groups wanted at each lag."""
         jaxpr = self.programs[name]
         outs: Iterable = jaxpr.outvars
@@ -92,8 +92,8 @@ class Closure:
         constant = [self.fixed[i] for i in self.place]
         constant += [False] * (len(jaxpr.invars) - len(constant))
         of["hoisted"] = [v if m else ZERO for v, m in zip(of["hoisted"], self.asked, strict=True)]
-        weights = [v for group in _WEIGHTS for v in of[group]]
-        return split(jaxpr, constant, weights, [v for group in wanted for v in of[group]])
+        summed = [v for group in _WEIGHTS for v in of[group]] if weights else []
+        return split(jaxpr, constant, summed, [v for group in wanted for v in of[group]])
 
     @property
     def indifferent_to_y(self) -> bool:

@@ -67,20 +67,29 @@ class Split:
             new.append(total + where_or_zero(live, term).astype(total.dtype))
         return new
 
-    def finish(self, consts: list, args: Sequence, emitted: list, sums: list) -> list:
+    def contract(self, emitted: list) -> list[jax.Array]:
+        """The products and reductions over all lags of the emitted operands."""
+        stacks = dict(zip(self.emitted, emitted, strict=True))
+        made = [_product(eqn, *(stacks[v] for v in eqn.invars)) for eqn in self.products]
+        for eqn in self.reductions:
+            axes = (0, *(axis + 1 for axis in eqn.params["axes"]))
+            made.append(jnp.sum(_widened(stacks[eqn.invars[0]]), axes))
+        return made
+
+    def zero_contractions(self) -> list[jax.Array]:
+        """What `contract` gives for no lags at all."""
+        return [_widened(zeros(e.outvars[0].aval)) for e in (*self.products, *self.reductions)]
+
+    def finish(self, consts: list, args: Sequence, contracted: list, sums: list) -> list:
         """The weights' cotangents; of `args` only those that are the same at all lags count.
 
         Half precisions come out in float32, to be rounded once.
         """
         env = _start(self.jaxpr, consts, args)
-        stacks = dict(zip(self.emitted, emitted, strict=True))
         summed = [*(eqn.outvars[0] for eqn in self.scatters), *self.plain]
         env.update(zip(summed, sums, strict=True))
-        for eqn in self.products:
-            env[eqn.outvars[0]] = _product(eqn, *(stacks[v] for v in eqn.invars))
-        for eqn in self.reductions:
-            axes = (0, *(axis + 1 for axis in eqn.params["axes"]))
-            env[eqn.outvars[0]] = jnp.sum(_widened(stacks[eqn.invars[0]]), axes)
+        made = (eqn.outvars[0] for eqn in (*self.products, *self.reductions))
+        env.update(zip(made, contracted, strict=True))
         for eqn in self.after:
             values = [_widened(v) for v in _read(env, eqn.invars)]
             env.update(zip(eqn.outvars, bind(eqn, values), strict=True))

@@ -163,6 +163,16 @@ def rows_of(ct_ys: TreeType, window: int) -> int:
     return length[0]
 
 
+def has_steps(xs: TreeType) -> None:
+    """Refuses an `xs` with a leaf that has no axis over time steps."""
+    for path, leaf in _by_path(xs).items():
+        if not leaf.shape:
+            raise ValueError(
+                "xs must have a first axis over time steps in every leaf, but got "
+                f"xs{path}: {leaf}. Let f close over what is the same at all steps."
+            )
+
+
 def _by_path(kind: TreeType) -> dict[str, LeafType]:
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(kind.tree())[0]}
 

@@ -115,10 +115,8 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """
     p = eqn.params
     body, length = p["jaxpr"], p["length"]
-    # Since JAX 0.12 the equation doesn't say how many carries and xs it has. Outside
-    # the body an x and a y have one axis more, a carry and a const as many as inside.
-    m = sum(_same_rank(eqn.invars, body.jaxpr.invars))
-    n = m - sum(_same_rank(eqn.outvars, body.jaxpr.outvars))
+    n, carries = scan_counts(eqn)
+    m = n + carries
     consts, init, xs = values[:n], values[n:m], values[m:]
     if length == 0:
         return [UNKNOWN] * len(eqn.outvars)
@@ -152,6 +150,15 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
         unroll=p["unroll"],
     )
     return merge(last, init) + merge(ys, ys_kinds)
+
+
+def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """How many consts and how many carries a scan's equation has."""
+    # Since JAX 0.12 the equation doesn't say how many carries and xs it has. Outside
+    # the body an x and a y have one axis more, a carry and a const as many as inside.
+    body = eqn.params["jaxpr"].jaxpr
+    carries = sum(_same_rank(eqn.outvars, body.outvars))
+    return sum(_same_rank(eqn.invars, body.invars)) - carries, carries
 
 
 def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:

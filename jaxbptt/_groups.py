@@ -1,0 +1,58 @@
+"""Which steps the outputs of each group reach: the arithmetic of window and every over a run.
+
+Steps are counted from 1 in the order in which they run, groups from 0.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Groups of `every` outputs over `length` steps, each reaching back over a window.
+
+    Going backwards, a group's chain is alive from the group's end to its reach. As many
+    as `chains` are alive at once; a group has the slot `group % chains`, for by the time
+    that a slot's next group starts the one before is over.
+    """
+
+    length: int
+    window: int
+    every: int
+
+    @classmethod
+    def of(cls, length: int, window: int | None, every: int) -> "Groups":
+        """The groups of a run; where nothing is cut off, one group."""
+        if window is None or window >= length + every - 1:
+            return cls(length, max(length, 1), max(length, 1))
+        return cls(length, window, every)
+
+    @property
+    def chains(self) -> int:
+        """How many chains are alive at once, at most."""
+        return max(1, -(-self.window // self.every))
+
+    @property
+    def whole(self) -> bool:
+        """Whether one chain reaches every step: full backpropagation through time."""
+        return self.window >= self.length and self.every >= self.length
+
+    def starts(self, step: Any) -> jax.Array:
+        """Whether a group before the last one ends at this step: its chain starts at zero."""
+        return (step % self.every == 0) & (step < self.length)
+
+    def own(self, step: Any) -> jax.Array:
+        """For each slot, whether it is that of this step's own group: bool (chains,)."""
+        return jnp.arange(self.chains, dtype=jnp.int32) == (step - 1) // self.every % self.chains
+
+    def alive(self, step: Any) -> jax.Array:
+        """For each slot, whether its chain reaches this step: bool (chains,)."""
+        group = (step - 1) // self.every
+        group += (jnp.arange(self.chains, dtype=jnp.int32) - group) % self.chains
+        first = group * self.every + 1
+        end = jnp.minimum(first + (self.every - 1), self.length)
+        reach = jnp.maximum(first - max(self.window - self.every, 0), end - (self.window - 1))
+        return (first <= self.length) & (reach <= step)

@@ -1,0 +1,167 @@
+"""`scan`: `lax.scan` with a truncated reverse mode."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+
+from jaxbptt import _errors
+from jaxbptt._avals import stand_in
+from jaxbptt._closure import Closure, fill, pick, trace
+from jaxbptt._groups import Groups
+from jaxbptt._interpret import bind, scan_counts
+from jaxbptt._reverse import Run, pull_run
+from jaxbptt._types import PyTree, type_of
+
+Leaves = dict[str, list]  # leaves by group
+
+_GROUPS = ("hoisted", "carry", "x")
+
+
+def scan(
+    f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    window: int | None,
+    every: int = 1,
+) -> tuple[PyTree, PyTree]:
+    """`lax.scan` whose reverse-mode derivative reaches back `window` steps.
+
+    The arguments before `window`, the results and the errors are those of `lax.scan`.
+    Outputs come in groups of m = `every`, laid from the first step that runs, and all
+    outputs of a group send their cotangents back together. A group of the steps
+    first … end reaches back to step
+
+        max(1, first - max(window - every, 0), end - window + 1)
+
+    where λ stops, unless that is step 1: then it goes on into `init`. The final carry's
+    cotangent goes with the last group. Arrays that `f` closes over are implicit parameters.
+
+    Args:
+        f: `f(carry, x) -> (carry, y)`, one time step.
+        init: the initial carry.
+        xs: inputs, each leaf (length, *x.shape).
+        length: number of steps; needed where `xs` has no leaves.
+        reverse: whether to run from the last row of `xs` to the first.
+        unroll: how many steps one trip of the compiled forward loop has, as in `lax.scan`.
+        window: how many steps a cotangent reaches back, the present one included; None for
+            all: full backpropagation through time.
+        every: after how many steps cotangents start. `window == every` is truncation by
+            chunks, 1 the sliding window.
+
+    Returns:
+        `(carry, ys)`, as `lax.scan` returns them.
+
+    Raises:
+        ValueError: `window` is neither None nor a positive int, or `every` is not one.
+        TypeError: whatever `lax.scan` refuses.
+
+    Cost:
+        In reverse mode the residuals of `length` steps, and for each step one pullback plus,
+        where window > every, ceil(window / every) pullbacks of the carry, batched.
+
+    References:
+        Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
+        Recurrent Network Trajectories", Neural Computation 2(4), 1990: BPTT(h; h′).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbptt
+        >>> def loss(w):
+        ...     step = lambda c, x: (w * c + x, None)
+        ...     return jaxbptt.scan(step, 0.0, jnp.arange(1.0, 5.0), window=2)[0]
+        >>> float(jax.grad(loss)(0.5))  # c_3 + w c_2, without the w² c_1 of full BPTT
+        5.5
+    """
+    if window is not None:
+        _errors.positive_int("window", window)
+    _errors.positive_int("every", every)
+    _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
+
+    def plain(init: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+        return lax.scan(f, init, xs, length=length, reverse=reverse, unroll=unroll)
+
+    # lax.scan itself checks, promotes and hoists; what it leaves is one equation. With
+    # jit disabled it would leave none.
+    with jax.disable_jit(False):
+        closed, shapes = jax.make_jaxpr(plain, return_shape=True)(init, xs)
+    env: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(closed.jaxpr.invars, jax.tree.leaves((init, xs)), strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in closed.jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        is_loop = eqn.primitive.name == "scan"
+        outs = _truncated(eqn, values, window, every) if is_loop else bind(eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in closed.jaxpr.outvars])
+
+
+def _truncated(eqn: core.JaxprEqn, values: list, window: int | None, every: int) -> list:
+    """The equation of a scan, with a derivative of its own."""
+    p = eqn.params
+    n_consts, n_carry = scan_counts(eqn)
+    body, groups = p["jaxpr"], Groups.of(p["length"], window, every)
+    consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
+    xs = values[n_consts + n_carry :]
+
+    def step(_: PyTree, carry: list, x: list) -> tuple[list, list]:
+        outs = core.jaxpr_as_fun(body)(*consts, *carry, *x)
+        return outs[:n_carry], outs[n_carry:]
+
+    avals = [v.aval for v in body.jaxpr.invars[n_consts:]]
+    carry, x = (stand_in(type_of(vs)) for vs in (avals[:n_carry], avals[n_carry:]))
+    closure = trace(step, (), carry, x, stored=False, has_aux=False)
+    return _call(closure, eqn, consts, init, xs, groups)
+
+
+def _call(
+    closure: Closure, eqn: core.JaxprEqn, consts: list, init: list, xs: list, groups: Groups
+) -> list:
+    """Every array is an argument of the `custom_vjp`: one only closed over gets no gradient."""
+    masks, reverse, n = closure.masks, eqn.params["reverse"], len(init)
+    leaves = {"hoisted": closure.consts["hoisted"], "carry": init, "x": xs}
+    moving = {name: pick(masks[name], leaves[name]) for name in _GROUPS}
+    still = {name: pick(masks[name], leaves[name], False) for name in _GROUPS}
+    programs = {name: value for name, value in closure.consts.items() if name != "hoisted"}
+
+    @jax.custom_vjp
+    def run(moving: Leaves, still: Leaves, programs: Leaves, consts: list) -> list:
+        args = {g: fill(masks[g], moving[g], still[g]) for g in _GROUPS}
+        return bind(eqn, [*consts, *args["carry"], *args["x"]])
+
+    def forward(moving: Leaves, still: Leaves, programs: Leaves, consts: list) -> tuple[list, Any]:
+        args = {g: fill(masks[g], moving[g], still[g]) for g in _GROUPS}
+        bound = closure.bind(programs | {"hoisted": args["hoisted"]})
+
+        def body(carry: list, x: list) -> tuple[list, tuple[list, list]]:
+            (carry, y, _), recorded, _ = bound.forward([], carry, x)
+            return carry, (y, recorded)
+
+        carry, (ys, stacks) = lax.scan(
+            body,
+            args["carry"],
+            args["x"],
+            length=groups.length,
+            reverse=reverse,
+            unroll=eqn.params["unroll"],
+        )
+        return [*carry, *ys], (stacks, bound.derive([]), programs)
+
+    def backward(saved: Any, cts: list) -> tuple[Leaves, None, None, None]:
+        stacks, fixed, programs = saved
+        ct_carry, ct_ys = pick(masks["carry"], cts[:n]), pick(masks["y"], cts[n:])
+        recorded = Run(stacks, fixed, groups, reverse)
+        weights, carry, xs = pull_run(closure.bind(programs), recorded, ct_carry, ct_ys)
+        hoisted = closure.by_group(weights)["hoisted"]
+        return {"hoisted": hoisted, "carry": carry, "x": xs}, None, None, None
+
+    run.defvjp(forward, backward)
+    return run(moving, still, programs, consts)
