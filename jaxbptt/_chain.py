@@ -77,7 +77,7 @@ def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) 
     """x̄ of the newest step alone."""
     args = [*closure.residuals(window.read(0), window.fixed), *ct_carry, *ct_y]
     outs, _, _ = closure.split("pull", ("x",)).one_lag(closure.consts["pull"], args)
-    return _each(_dense, outs, closure.cotangents["x"])
+    return densify(outs, closure.cotangents["x"])
 
 
 def _sweep(
@@ -103,16 +103,15 @@ def _sweep(
         outs, emitted, terms = split.one_lag(consts, args)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
-        older = _each(_dense, outs[: len(lam)], kinds["carry"])
+        older = densify(outs[: len(lam)], kinds["carry"])
         lam = _each(lambda new, old: jnp.where(live, new, old), older, lam)
-        xs = _each(_dense, outs[len(lam) :], kinds["x"] if keep_xs else [])
+        xs = densify(outs[len(lam) :], kinds["x"] if keep_xs else [])
         kept = [where_or_zero(live, v) for v in (*xs, *emitted)]
         return (lam, split.add(sums, terms, live)), (kept[: len(xs)], kept[len(xs) :])
 
     lags = jnp.arange(start, stop, dtype=jnp.int32)
     (lam, sums), (xs, emitted) = lax.scan(trip, (lam, split.zero_sums()), (lags, ct_ys))
-    unvaried = closure.residuals([None] * len(closure.slot), window.fixed)
-    unvaried += [None] * (len(split.jaxpr.invars) - len(unvaried))
+    unvaried = closure.unvaried(split, window.fixed)
     weights = split.finish(consts, unvaried, split.contract(emitted), sums)
     return WindowCotangents(weights, lam, xs)
 

@@ -81,6 +81,11 @@ class Closure:
         values = fill(self.fixed, fixed, recorded)
         return [values[i] for i in self.place]
 
+    def unvaried(self, split: Split, fixed: list) -> list:
+        """The arguments of a divided program that are the same at all lags, None elsewhere."""
+        same = self.residuals([None] * len(self.slot), fixed)
+        return same + [None] * (len(split.jaxpr.invars) - len(same))
+
     def split(self, name: str, wanted: Sequence[str], *, weights: bool = True) -> Split:
         """The program "pull" or "pull_carry", divided, with these groups wanted at each lag."""
         jaxpr = self.programs[name]

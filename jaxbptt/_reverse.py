@@ -57,7 +57,6 @@ def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[l
         kinds = [*closure.cotangents["hoisted"], *closure.cotangents["params"]]
         return [zeros(kind) for kind in kinds], ct_carry, no_xs
     split = closure.split("pull", ("carry", "x") if groups.chains == 1 else ("x",))
-    consts = closure.consts["pull"]
     block = _block(split, run)
     trip = functools.partial(_trip, closure, run, split, ct_ys)
 
@@ -71,14 +70,10 @@ def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[l
 
     state = (_first(closure, groups, ct_carry), split.zero_sums(), split.zero_contractions())
     (lam, sums, contracted), xs = _in_blocks(pull_block, state, run, block)
-    unvaried = closure.residuals([None] * len(closure.slot), run.fixed)
-    unvaried += [None] * (len(split.jaxpr.invars) - len(unvaried))
-    weights = split.finish(consts, unvaried, contracted, sums)
+    unvaried = closure.unvaried(split, run.fixed)
+    weights = split.finish(closure.consts["pull"], unvaried, contracted, sums)
     if groups.chains > 1:
         lam = [jnp.sum(v, 0) for v in lam]
-    if not groups.whole:
-        reached = jnp.any(groups.alive(1))
-        lam = [where_or_zero(reached, v) for v in lam]
     return dense_weights(closure, weights), lam, xs
 
 
@@ -87,7 +82,7 @@ def _first(closure: Closure, groups: Groups, ct_carry: list) -> list:
     if groups.chains == 1:
         return ct_carry
     own = groups.own(groups.length)
-    return [_select(own, v[None], 0) for v in ct_carry]
+    return [_select(own, v[None]) for v in ct_carry]
 
 
 def _trip(
@@ -107,7 +102,7 @@ def _trip(
     elif not single:
         own = groups.own(step)
         keep = alive & ~(groups.starts(step) & own)
-        lam = [_select(keep, v, 0) for v in lam]
+        lam = [_select(keep, v) for v in lam]
     total = lam if single else [jnp.sum(v, 0) for v in lam]
     outs, emitted, terms = split.one_lag(closure.consts["pull"], [*residuals, *total, *ct_y])
     n = len(lam) if single else 0
@@ -122,7 +117,7 @@ def _trip(
             lam = [where_or_zero(live, v) for v in lam]
     else:
         older = _pull_chains(closure, residuals, lam, ct_y, own)
-        lam = [_select(alive, v, 0) for v in older]
+        lam = [_select(alive, v) for v in older]
     return (lam, split.add(sums, terms, live)), (xs, emitted)
 
 
@@ -136,7 +131,7 @@ def _pull_chains(closure: Closure, residuals: list, lam: list, ct_y: list, own: 
         return densify(outs, kinds)
 
     if closure.indifferent_to_y:
-        return _batched(pull, lam, [_select(own, v[None], 0) for v in ct_y])
+        return _batched(pull, lam, [_select(own, v[None]) for v in ct_y])
     alone = closure.split("pull_carry", ("carry",), weights=False)
 
     def pull_carry(lam: list) -> list:
@@ -145,7 +140,7 @@ def _pull_chains(closure: Closure, residuals: list, lam: list, ct_y: list, own: 
 
     older = _batched(pull_carry, lam)
     present = pull([jnp.zeros_like(v[0]) for v in lam], ct_y)
-    return [v + _select(own, u[None], 0) for v, u in zip(older, present, strict=True)]
+    return [v + _select(own, u[None]) for v, u in zip(older, present, strict=True)]
 
 
 def _batched(pull: Callable, *args: list) -> list:
@@ -156,9 +151,9 @@ def _batched(pull: Callable, *args: list) -> list:
         return lax.map(lambda row: pull(*row), args)
 
 
-def _select(flags: jax.Array, values: jax.Array, other: Any) -> jax.Array:
-    flags = flags.reshape(flags.shape + (1,) * (values.ndim - 1))
-    return jnp.where(flags, values, jnp.asarray(other, values.dtype))
+def _select(flags: jax.Array, values: jax.Array) -> jax.Array:
+    """Of each chain its values where its flag is set, else zeros."""
+    return where_or_zero(flags.reshape(flags.shape + (1,) * (values.ndim - 1)), values)
 
 
 def _block(split: Split, run: Run) -> int:
