@@ -1,5 +1,6 @@
 """Arrays of a type: made canonical, made up from it, or zero."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -55,11 +56,17 @@ def _canonical_struct(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def stand_in(kind: TreeType) -> PyTree:
     """Something of a type to trace with, where there are no arrays."""
+    return kind.treedef.unflatten([like(leaf) for leaf in kind.leaves])
 
-    def one(leaf: LeafType) -> Any:
-        return zeros(leaf) if leaf.varying else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
-    return kind.treedef.unflatten([one(leaf) for leaf in kind.leaves])
+def like(aval: Any) -> Any:
+    """Something of an abstract value's type to trace with, its explicit sharding included."""
+    if aval.varying if isinstance(aval, LeafType) else varying(aval):
+        return zeros(aval)
+    sharding = getattr(aval, "sharding", None)
+    if sharding is not None and sharding.mesh.empty:
+        sharding = None
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
 
 def zeros(aval: Any) -> jax.Array:
@@ -71,3 +78,8 @@ def zeros(aval: Any) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(array, axes, to="varying")
     return getattr(lax, "pvary")(array, axes)  # noqa: B009  its name before JAX 0.8
+
+
+def size_in_bytes(arrays: Iterable) -> int:
+    """The bytes of arrays or abstract values."""
+    return sum(v.size * v.dtype.itemsize for v in arrays)

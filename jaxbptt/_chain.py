@@ -75,7 +75,7 @@ def pull_window(
 
 def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:
     """x̄ of the newest step alone."""
-    args = [*closure.residuals(window.read(0), window.fixed), *ct_carry, *ct_y]
+    args = [*window.read(0), *window.fixed, *ct_carry, *ct_y]
     outs, _, _ = closure.split("pull", ("x",)).one_lag(closure.consts["pull"], args)
     return densify(outs, closure.cotangents["x"])
 
@@ -99,7 +99,7 @@ def _sweep(
         lam, sums = state
         lag, ct_y = row
         live = lag < window.reach
-        args = [*closure.residuals(window.read(lag), window.fixed), *lam, *ct_y]
+        args = [*window.read(lag), *window.fixed, *lam, *ct_y]
         outs, emitted, terms = split.one_lag(consts, args)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.

@@ -3,9 +3,9 @@
 The only file that knows what `jax.vjp` returns. The closure's treedef holds a
 jaxpr that is compared by identity, so the closure itself can't be carried through
 a loop; its leaves, the residuals, can. A step is therefore traced once into flat
-programs: `forward` is the step with its residuals, `pull` the closure applied to
-residuals, `pull_carry` what remains of it for a zero cotangent of y, and `derive`
-the residuals that depend on parameters alone.
+programs, without calls inside: `forward` is the step with its residuals, `pull` the
+closure applied to residuals, `pull_carry` what remains of it for a zero cotangent of
+y, and `derive` the residuals that depend on parameters alone.
 
 Gradients flow through floating and complex leaves only; the others (integers,
 booleans, keys) take part in `forward` and are no part of a pullback.
@@ -20,8 +20,10 @@ import jax
 from jax import numpy as jnp
 from jax.extend import core
 
+from jaxbptt._avals import like
 from jaxbptt._contract import Split
-from jaxbptt._interpret import UNKNOWN, ZERO, Value, drop, interpret, known_rule, prune, zero_rule
+from jaxbptt._interpret import ZERO, Value, drop, interpret, prune, without_calls, zero_rule
+from jaxbptt._residuals import Residuals
 from jaxbptt._split import split
 from jaxbptt._step import trace_step
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type
@@ -49,10 +51,10 @@ class Closure:
     outputs: TreeType  # of (carry, y, aux)
     cotangents: dict[str, list[Any]]  # abstract values of the pullback's outputs, by group
     masks: dict[str, Mask]  # the differentiable leaves of hoisted, params, carry, x and y
-    picked: tuple[int, ...]  # positions of the residuals, each value once
-    place: tuple[int, ...]  # of each residual, its index in `picked`
-    fixed: Mask  # of each picked residual: is it derived instead of recorded?
+    recorded: tuple[int, ...]  # outputs of `forward` that go on the ring
+    fixed: tuple[int, ...]  # outputs of `forward` that `derive` gives as well
     slot: tuple[LeafType, ...]  # what one step leaves on the ring
+    spared: int  # bytes of residuals that the pullbacks make again
     zero_outs: Mask  # outputs of `pull` that are zero when ȳ is
     asked: Mask  # the differentiable hoisted arrays whose gradient anybody could ask for
 
@@ -67,24 +69,17 @@ class Closure:
     def forward(self, params: list, carry: list, x: list) -> tuple[PyTree, list, list]:
         """The step: (carry, y, aux), the residuals for the ring, and the fixed ones."""
         outs = self._run("forward", [*self.consts["hoisted"], *params, *carry, *x])
-        n = len(self.outputs.leaves)
-        residuals = [outs[n + i] for i in self.picked]
-        recorded, fixed = pick(self.fixed, residuals, False), pick(self.fixed, residuals)
-        return self.outputs.treedef.unflatten(outs[:n]), recorded, fixed
+        step = self.outputs.treedef.unflatten(outs[: len(self.outputs.leaves)])
+        return step, [outs[i] for i in self.recorded], [outs[i] for i in self.fixed]
 
     def derive(self, params: list) -> list:
         """The fixed residuals, from the parameters alone."""
         return self._run("derive", [*self.consts["hoisted"], *params])
 
-    def residuals(self, recorded: list, fixed: list) -> list:
-        """Every residual in its place, as the pullbacks take them."""
-        values = fill(self.fixed, fixed, recorded)
-        return [values[i] for i in self.place]
-
     def unvaried(self, split: Split, fixed: list) -> list:
         """The arguments of a divided program that are the same at all lags, None elsewhere."""
-        same = self.residuals([None] * len(self.slot), fixed)
-        return same + [None] * (len(split.jaxpr.invars) - len(same))
+        before, after = self._around_fixed(split.jaxpr)
+        return [None] * before + fixed + [None] * after
 
     def split(self, name: str, wanted: Sequence[str], *, weights: bool = True) -> Split:
         """The program "pull" or "pull_carry", divided, with these groups wanted at each lag."""
@@ -94,8 +89,8 @@ class Closure:
             outs = fill(self.zero_outs, [ZERO] * sum(self.zero_outs), outs)
         rest = iter(outs)
         of = {group: [next(rest) for _ in self.cotangents[group]] for group in _INPUTS}
-        constant = [self.fixed[i] for i in self.place]
-        constant += [False] * (len(jaxpr.invars) - len(constant))
+        before, after = self._around_fixed(jaxpr)
+        constant = [False] * before + [True] * len(self.fixed) + [False] * after
         of["hoisted"] = [v if m else ZERO for v, m in zip(of["hoisted"], self.asked, strict=True)]
         summed = [v for group in _WEIGHTS for v in of[group]] if weights else []
         return split(jaxpr, constant, summed, [v for group in wanted for v in of[group]])
@@ -110,6 +105,11 @@ class Closure:
         """A flat list over the weights, by group."""
         n = len(self.cotangents["hoisted"])
         return {"hoisted": weights[:n], "params": weights[n:]}
+
+    def _around_fixed(self, jaxpr: core.Jaxpr) -> tuple[int, int]:
+        """How many inputs a pullback has before and after the fixed residuals."""
+        before = len(self.slot)
+        return before, len(jaxpr.invars) - before - len(self.fixed)
 
     def _run(self, name: str, args: list) -> list:
         return core.jaxpr_as_fun(core.ClosedJaxpr(self.programs[name], self.consts[name]))(*args)
@@ -135,22 +135,20 @@ def trace(
     groups = dict(zip(_INPUTS, map(jax.tree.leaves, (flow.consts, params, carry, x)), strict=True))
     masks = {name: _differentiable(leaves) for name, leaves in groups.items()}
     masks["y"] = _differentiable(jax.tree.leaves(outputs.tree()[1]))
-    found: dict[str, Any] = {}
+    found: list = []
 
     def record(*leaves: Any) -> list:
-        outs, residuals, pulls = _vjp(flow, leaves, masks)
-        found.update(pulls)
+        outs, residuals, pull = _vjp(flow, leaves, masks)
+        found.append(pull)
         return [*outs, *residuals]
 
-    forward = jax.make_jaxpr(record)(*(leaf for leaves in groups.values() for leaf in leaves))
-    variables = forward.jaxpr.outvars[len(outputs.leaves) :]
-    first: dict[int, int] = {}  # the same value may be a residual more than once
-    for i, v in enumerate(variables):
-        first.setdefault(id(v), i)
-    positions = [len(outputs.leaves) + i for i in first.values()]
-    derive, fixed = _trace_derive(forward, groups, positions, stored)
-    programs = {"forward": forward, "derive": derive}
-    programs |= {"pull": found["pull"], "pull_carry": found["pull_carry"]}
+    leaves = [leaf for group in groups.values() for leaf in group]
+    forward = without_calls(jax.make_jaxpr(record)(*leaves), leaves)
+    n, (pull,) = len(outputs.leaves), found
+    residuals = Residuals.of(forward, n, len(groups["hoisted"] + groups["params"]), stored)
+    programs = {"forward": forward, "derive": residuals.derive}
+    pulls, zero_outs = _trace_pulls(pull, residuals, sum(masks["carry"]))
+    programs |= pulls
     cotangents = iter(v.aval for v in programs["pull"].jaxpr.outvars)
     return Closure(
         consts={"hoisted": list(flow.consts)} | {k: list(p.consts) for k, p in programs.items()},
@@ -158,11 +156,11 @@ def trace(
         outputs=outputs,
         cotangents={g: [next(cotangents) for _ in range(sum(masks[g]))] for g in _INPUTS},
         masks=masks,
-        picked=tuple(first.values()),
-        place=tuple(list(first).index(id(v)) for v in variables),
-        fixed=fixed,
-        slot=tuple(leaf_type(variables[i].aval) for i in pick(fixed, list(first.values()), False)),
-        zero_outs=found["zero_outs"],
+        recorded=residuals.recorded,
+        fixed=residuals.fixed,
+        slot=tuple(leaf_type(forward.jaxpr.outvars[i].aval) for i in residuals.recorded),
+        spared=residuals.spared,
+        zero_outs=zero_outs,
         asked=tuple(isinstance(v, jax.core.Tracer) for v in pick(masks["hoisted"], flow.consts)),
     )
 
@@ -190,8 +188,8 @@ def _heavy(jaxpr: core.Jaxpr) -> collections.Counter:
 
 def _vjp(
     flow: core.ClosedJaxpr, leaves: Sequence, masks: dict[str, Mask]
-) -> tuple[list, list, dict[str, Any]]:
-    """Outputs of the step, its residuals, and its pullbacks as jaxprs."""
+) -> tuple[list, list, core.ClosedJaxpr]:
+    """Outputs of the step, its residuals, and its pullback from residuals and cotangents."""
     mask = [m for group in _INPUTS for m in masks[group]]
     outs_mask = masks["carry"] + masks["y"]
     n = len(flow.consts)
@@ -208,40 +206,27 @@ def _vjp(
         return jax.tree.unflatten(treedef, residuals)(cts)
 
     examples = pick(outs_mask, outs[: len(outs_mask)])
-    return outs, residuals, _trace_pulls(apply, residuals, examples, sum(masks["carry"]))
+    return outs, residuals, jax.make_jaxpr(apply)(residuals, examples)
 
 
-def _trace_pulls(apply: Any, residuals: list, cts: list, n_carry: int) -> dict[str, Any]:
-    """The closure as flat jaxprs, for all cotangents and for those of the carry alone."""
-    closed = jax.make_jaxpr(apply)(residuals, cts)
+def _trace_pulls(
+    pull: core.ClosedJaxpr, residuals: Residuals, n_carry: int
+) -> tuple[dict[str, core.ClosedJaxpr], Mask]:
+    """The pullback for all cotangents, for those of the carry alone, and what is zero then."""
+    n = len(residuals.avals)
+    cts = [like(v.aval) for v in pull.jaxpr.invars[residuals.count :]]
     zero: list[bool] = []
 
     def flat(*args: Any) -> list[Value]:
-        return interpret(closed.jaxpr, closed.consts, args, zero_rule)
+        return interpret(
+            pull.jaxpr, pull.consts, [*residuals.every(args[:n]), *args[n:]], zero_rule
+        )
 
     def without_y(*args: Any) -> list:
         outs = flat(*args, *[ZERO] * (len(cts) - n_carry))
         zero[:] = [v is ZERO for v in outs]
         return drop(outs, outs)
 
-    pull = prune(jax.make_jaxpr(flat)(*residuals, *cts))
-    pull_carry = prune(jax.make_jaxpr(without_y)(*residuals, *cts[:n_carry]))
-    return {"pull": pull, "pull_carry": pull_carry, "zero_outs": tuple(zero)}
-
-
-def _trace_derive(
-    forward: core.ClosedJaxpr, groups: dict[str, list], positions: list[int], stored: bool
-) -> tuple[core.ClosedJaxpr, Mask]:
-    """The program for the outputs at `positions` that are known without carry and x."""
-    fixed: list[bool] = []
-
-    def known(hoisted: list, params: list) -> list:
-        parameters = [UNKNOWN if stored else v for v in (*hoisted, *params)]
-        unknown = [UNKNOWN] * (len(groups["carry"]) + len(groups["x"]))
-        outs = interpret(forward.jaxpr, forward.consts, [*parameters, *unknown], known_rule)
-        values = [outs[i] for i in positions]
-        fixed[:] = [v is not UNKNOWN for v in values]
-        return drop(values, values)
-
-    closed = prune(jax.make_jaxpr(known)(groups["hoisted"], groups["params"]))
-    return closed, tuple(fixed)
+    whole = prune(jax.make_jaxpr(flat)(*residuals.avals, *cts))
+    carry_only = prune(jax.make_jaxpr(without_y)(*residuals.avals, *cts[:n_carry]))
+    return {"pull": whole, "pull_carry": carry_only}, tuple(zero)

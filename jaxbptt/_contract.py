@@ -30,6 +30,15 @@ Env = dict[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Product:
+    """A `dot_general`, and whether its operands change places, which transposes what it makes."""
+
+    eqn: core.JaxprEqn
+    swapped: bool
+    made: Any  # the variable that it stands for
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     """The equations of a pullback, divided into what happens at each lag and what once."""
 
@@ -38,18 +47,22 @@ class Split:
     weights: list[Atom]  # wanted summed over the lags
     at_lag: list[core.JaxprEqn]
     after: list[core.JaxprEqn]
-    products: list[core.JaxprEqn]  # dot_general of emitted operands, done once
+    products: list["Product"]  # of emitted operands, done once
     reductions: list[core.JaxprEqn]  # reduce_sum of an emitted operand, done once
     scatters: list[core.JaxprEqn]  # scatter-add into zeros, done in place in its sum
     plain: list[Atom]  # added up as they are
     emitted: list[Atom]  # operands, stacked over the lags
 
+    @property
+    def terms(self) -> list[Atom]:
+        """What each lag adds to the sums: indices and updates of the scatters, then `plain`."""
+        return [v for eqn in self.scatters for v in eqn.invars[1:]] + self.plain
+
     def one_lag(self, consts: list, args: Sequence) -> tuple[list, list, list]:
-        """At one lag: the values of `outs`, the emitted operands, and the terms of the sums."""
+        """At one lag: the values of `outs`, of `emitted` and of `terms`."""
         env = _start(self.jaxpr, consts, args)
         _evaluate(self.at_lag, env)
-        terms = [_read(env, eqn.invars[1:]) for eqn in self.scatters]
-        return _read(env, self.outs), _read(env, self.emitted), [*terms, *_read(env, self.plain)]
+        return _read(env, self.outs), _read(env, self.emitted), _read(env, self.terms)
 
     def zero_sums(self) -> list[jax.Array]:
         """Where the sums start; half precisions are added up in float32."""
@@ -58,19 +71,21 @@ class Split:
 
     def add(self, sums: list, terms: list, live: Any) -> list:
         """The sums with the terms of one more lag, if it is live."""
-        n = len(self.scatters)
+        n, terms = len(self.scatters), list(terms)
         new = [
             bind(eqn, [total, indices, where_or_zero(live, updates)])[0]
-            for eqn, total, (indices, updates) in zip(self.scatters, sums, terms, strict=False)
+            for eqn, total, indices, updates in zip(
+                self.scatters, sums, terms[: 2 * n : 2], terms[1 : 2 * n : 2], strict=False
+            )
         ]
-        for total, term in zip(sums[n:], terms[n:], strict=True):
+        for total, term in zip(sums[n:], terms[2 * n :], strict=True):
             new.append(total + where_or_zero(live, term).astype(total.dtype))
         return new
 
     def contract(self, emitted: list) -> list[jax.Array]:
         """The products and reductions over all lags of the emitted operands."""
         stacks = dict(zip(self.emitted, emitted, strict=True))
-        made = [_product(eqn, *(stacks[v] for v in eqn.invars)) for eqn in self.products]
+        made = [_product(p, *(stacks[v] for v in p.eqn.invars)) for p in self.products]
         for eqn in self.reductions:
             axes = (0, *(axis + 1 for axis in eqn.params["axes"]))
             made.append(jnp.sum(_widened(stacks[eqn.invars[0]]), axes))
@@ -78,7 +93,7 @@ class Split:
 
     def zero_contractions(self) -> list[jax.Array]:
         """What `contract` gives for no lags at all."""
-        return [_widened(zeros(e.outvars[0].aval)) for e in (*self.products, *self.reductions)]
+        return [_widened(zeros(v.aval)) for v in self._contracted()]
 
     def finish(self, consts: list, args: Sequence, contracted: list, sums: list) -> list:
         """The weights' cotangents; of `args` only those that are the same at all lags count.
@@ -88,31 +103,37 @@ class Split:
         env = _start(self.jaxpr, consts, args)
         summed = [*(eqn.outvars[0] for eqn in self.scatters), *self.plain]
         env.update(zip(summed, sums, strict=True))
-        made = (eqn.outvars[0] for eqn in (*self.products, *self.reductions))
-        env.update(zip(made, contracted, strict=True))
+        env.update(zip(self._contracted(), contracted, strict=True))
         for eqn in self.after:
             values = [_widened(v) for v in _read(env, eqn.invars)]
             env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
         return _read(env, self.weights)
 
+    def _contracted(self) -> list[Any]:
+        return [p.made for p in self.products] + [e.outvars[0] for e in self.reductions]
+
 
 def where_or_zero(live: Any, value: jax.Array) -> jax.Array:
     """The value where `live`, else zeros."""
-    return jnp.where(live, value, jnp.zeros((), value.dtype))
+    return value if live is True else jnp.where(live, value, jnp.zeros((), value.dtype))
 
 
-def _product(eqn: core.JaxprEqn, left: jax.Array, right: jax.Array) -> jax.Array:
-    """The sum over the first axis of the products of `eqn`: that axis contracted too."""
-    contract, batch = eqn.params["dimension_numbers"]
+def _product(product: Product, left: jax.Array, right: jax.Array) -> jax.Array:
+    """The sum over the first axis of a product: that axis contracted too."""
+    params = product.eqn.params
+    contract, batch = params["dimension_numbers"]
     contract = tuple((0, *(axis + 1 for axis in axes)) for axes in contract)
     batch = tuple(tuple(axis + 1 for axis in axes) for axes in batch)
-    out: Any = eqn.outvars[0]
-    dtype = out.aval.dtype
+    precision = params["precision"]
+    if product.swapped:
+        left, right, contract, batch = right, left, contract[::-1], batch[::-1]
+        precision = precision[::-1] if isinstance(precision, tuple) else precision
+    dtype = product.made.aval.dtype
     return lax.dot_general(
         left,
         right,
         (contract, batch),
-        precision=eqn.params["precision"],
+        precision=precision,
         preferred_element_type=jnp.float32 if _is_narrow(dtype) else dtype,
     )
 

@@ -25,10 +25,13 @@ class Groups:
 
     @classmethod
     def of(cls, length: int, window: int | None, every: int) -> "Groups":
-        """The groups of a run; where nothing is cut off, one group."""
+        """The groups of a run, one where one does: all outputs in it, or nothing cut off."""
+        steps = max(length, 1)
         if window is None or window >= length + every - 1:
-            return cls(length, max(length, 1), max(length, 1))
-        return cls(length, window, every)
+            return cls(length, steps, steps)
+        return (
+            cls(length, min(window, steps), steps) if every >= steps else cls(length, window, every)
+        )
 
     @property
     def chains(self) -> int:
@@ -38,7 +41,12 @@ class Groups:
     @property
     def whole(self) -> bool:
         """Whether one chain reaches every step: full backpropagation through time."""
-        return self.window >= self.length and self.every >= self.length
+        return self.window == self.every >= self.length
+
+    @property
+    def gaps(self) -> bool:
+        """Whether there are steps that no chain reaches."""
+        return self.window < self.every
 
     def starts(self, step: Any) -> jax.Array:
         """Whether a group before the last one ends at this step: its chain starts at zero."""

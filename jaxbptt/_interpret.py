@@ -7,7 +7,7 @@ Both walk the equations in order, bind what has arrays only, put the equations o
 call (`jit`, `checkpoint`) in its place, and leave the rest to a rule.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -68,15 +68,36 @@ def bind(eqn: core.JaxprEqn, values: list) -> list:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def without_calls(closed: core.ClosedJaxpr, like: Sequence) -> core.ClosedJaxpr:
+    """The same program, the equations of every call in its place."""
+
+    def run(*args: Any) -> list[Value]:
+        return interpret(closed.jaxpr, closed.consts, args, zero_rule)
+
+    return jax.make_jaxpr(run)(*like)
+
+
 def prune(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """Drops the equations that no output needs, their side effects included."""
-    needed = {v for v in closed.jaxpr.outvars if not isinstance(v, core.Literal)}
-    kept = []
-    for eqn in reversed(closed.jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
+    kept = needed(closed.jaxpr.eqns, variables(closed.jaxpr.outvars))
+    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=kept), closed.consts)
+
+
+def needed(
+    eqns: Iterable[core.JaxprEqn], wanted: Iterable, *, effects: bool = False
+) -> list[core.JaxprEqn]:
+    """The equations that make the wanted variables, and those with side effects if asked for."""
+    wanted, kept = set(wanted), []
+    for eqn in reversed(list(eqns)):
+        if wanted.intersection(eqn.outvars) or (effects and eqn.effects):
             kept.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, core.Literal))
-    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=kept[::-1]), closed.consts)
+            wanted.update(variables(eqn.invars))
+    return kept[::-1]
+
+
+def variables(atoms: Iterable) -> list[Any]:
+    """What among the atoms is a variable."""
+    return [v for v in atoms if isinstance(v, core.Var)]
 
 
 def drop(values: Sequence, marks: Sequence) -> list:

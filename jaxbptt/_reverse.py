@@ -8,7 +8,6 @@ never take more than a fraction of what the residuals take.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbptt._avals import zeros
+from jaxbptt._avals import size_in_bytes, zeros
+from jaxbptt._blocks import block_of, block_size, in_blocks, rows
 from jaxbptt._chain import dense_weights, densify
 from jaxbptt._closure import Closure
 from jaxbptt._contract import Split, where_or_zero
 from jaxbptt._groups import Groups
-
-_SHARE = 0.2  # emitted operands take at most this share of the residuals' memory
+from jaxbptt._interpret import drop, merge, variables
+from jaxbptt._stages import Stages, divide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,14 @@ class Run:
     groups: Groups
     reverse: bool
 
+    def reached(self, places: jax.Array) -> jax.Array:
+        """For each of these rows, whether the one chain there is reaches it."""
+        return jax.vmap(lambda place: self.groups.alive(self.step(place))[0])(places)
+
+    def step(self, place: Any) -> Any:
+        """Of a row of the stacks, the number of its step, from 1."""
+        return self.groups.length - place if self.reverse else place + 1
+
 
 def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[list, list, list]:
     """Cotangents of the weights, the initial carry and xs of a run.
@@ -51,96 +59,161 @@ def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[l
         ct_carry: cotangent of the final carry.
         ct_ys: cotangents of ys, each (length, *y.shape).
     """
-    groups = run.groups
+    groups, kinds = run.groups, closure.cotangents
     if not groups.length:
-        no_xs = [jnp.zeros((0, *kind.shape), kind.dtype) for kind in closure.cotangents["x"]]
-        kinds = [*closure.cotangents["hoisted"], *closure.cotangents["params"]]
-        return [zeros(kind) for kind in kinds], ct_carry, no_xs
-    split = closure.split("pull", ("carry", "x") if groups.chains == 1 else ("x",))
-    block = _block(split, run)
-    trip = functools.partial(_trip, closure, run, split, ct_ys)
+        no_xs = [jnp.zeros((0, *kind.shape), kind.dtype) for kind in kinds["x"]]
+        return [zeros(kind) for kind in (*kinds["hoisted"], *kinds["params"])], ct_carry, no_xs
+    sweep = _Sweep.of(closure, run, [*run.stacks, *ct_ys])
+    block = sweep.block()
+    contracted = None if block == groups.length else sweep.split.zero_contractions()
+    state = _at_the_end(groups, ct_carry), sweep.split.zero_sums(), contracted
+    (lam, sums, contracted), xs = in_blocks(
+        sweep.block_of_steps, state, groups.length, block, descending=not run.reverse
+    )
+    unvaried = closure.unvaried(sweep.split, run.fixed)
+    weights = sweep.split.finish(closure.consts["pull"], unvaried, contracted, sums)
+    return dense_weights(closure, weights), _at_the_start(groups, lam), xs
 
-    def pull_block(state: Any, start: Any, size: int) -> tuple[Any, list]:
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    """The loop over the steps, in blocks; its state is λ of each chain and the sums."""
+
+    closure: Closure
+    run: Run
+    stacks: list  # of what differs from step to step: recorded residuals, then ȳ
+    split: Split
+    stages: Stages
+    env: dict[Any, Any]
+    pull_chains: Callable | None  # None where there is one chain, whose λ the stages give
+
+    @classmethod
+    def of(cls, closure: Closure, run: Run, stacks: list) -> "_Sweep":
+        single = run.groups.chains == 1
+        split = closure.split("pull", ("carry", "x") if single else ("x",))
+        invars, n = split.jaxpr.invars, len(closure.cotangents["carry"])
+        after_fixed = len(run.stacks) + len(run.fixed)
+        rows, fixed = invars[: len(run.stacks)], invars[len(run.stacks) : after_fixed]
+        rows, state = rows + invars[after_fixed + n :], invars[after_fixed : after_fixed + n]
+        known = (*split.jaxpr.constvars, *fixed), (*closure.consts["pull"], *run.fixed)
+        env = dict(zip(*known, strict=True))
+        n = n if single else 0
+        now = [*drop(split.outs[:n], split.outs[:n]), *split.terms]
+        later = [*drop(split.outs[n:], split.outs[n:]), *split.emitted]
+        stages = divide(split.at_lag, env, rows, state, now, later)
+        pull_chains = None if single else _chains_pull(closure, run.fixed)
+        return cls(closure, run, stacks, split, stages, env, pull_chains)
+
+    def block(self) -> int:
+        """How many steps' operands are emitted before they are contracted."""
+        length = self.run.groups.length
+        weights = size_in_bytes(v.aval for v in variables(self.split.weights))
+        kept = self.stages.later[: len(self.stages.later) - len(self.split.emitted)]
+        held, spared = size_in_bytes(self.stacks) + weights, self.closure.spared * length
+        return block_size(
+            length,
+            self.stages.temporaries(kept),
+            held,
+            spared,
+            copied=self.stages.rows_read() + size_in_bytes(v.aval for v in variables(kept)),
+            in_parts=weights,
+        )
+
+    def block_of_steps(self, state: Any, start: Any, size: int) -> tuple[Any, list]:
+        """A block of steps backwards: λ and the sums before it, x̄ in it."""
         lam, sums, contracted = state
         places = start + jnp.arange(size, dtype=jnp.int32)
-        backwards = not run.reverse
-        (lam, sums), (xs, emitted) = lax.scan(trip, (lam, sums), places, reverse=backwards)
-        terms = split.contract(emitted)
-        return (lam, sums, [a + b for a, b in zip(contracted, terms, strict=True)]), xs
+        these = block_of(self.stacks, start, size)
+        early = self.stages.ahead(self.env, these, size)
+        (lam, sums), cut = lax.scan(
+            self.one_step, (lam, sums), (places, early), reverse=not self.run.reverse
+        )
+        later = self.stages.behind(self.env, these, early, cut, size)
+        if self.run.groups.gaps:
+            later = [_select(self.run.reached(places), v) for v in later]
+        n = len(later) - len(self.split.emitted)
+        made = self.split.contract(later[n:])
+        if contracted is not None:
+            made = [total + v for total, v in zip(contracted, made, strict=True)]
+        kinds = self.closure.cotangents["x"]
+        marks = self.split.outs[len(self.split.outs) - len(kinds) :]
+        kinds = [kind.update(shape=(size, *kind.shape)) for kind in kinds]
+        return (lam, sums, made), densify(merge(later[:n], marks), kinds)
 
-    state = (_first(closure, groups, ct_carry), split.zero_sums(), split.zero_contractions())
-    (lam, sums, contracted), xs = _in_blocks(pull_block, state, run, block)
-    unvaried = closure.unvaried(split, run.fixed)
-    weights = split.finish(closure.consts["pull"], unvaried, contracted, sums)
-    if groups.chains > 1:
-        lam = [jnp.sum(v, 0) for v in lam]
-    return dense_weights(closure, weights), lam, xs
+    def one_step(self, state: Any, row: Any) -> tuple[Any, list]:
+        """One step backwards."""
+        (lam, sums), (place, early) = state, row
+        groups, step, values = self.run.groups, self.run.step(place), rows(self.stacks, place)
+        lam = _entering(groups, step, lam)
+        total = [jnp.sum(v, 0) for v in lam] if self.pull_chains else lam
+        outs, cut = self.stages.trip(self.env, total, values, early)
+        n = len(outs) - len(self.split.terms)
+        live = groups.alive(step)[0] if groups.gaps else True
+        sums = self.split.add(sums, outs[n:], live)
+        if self.pull_chains:
+            lam = self.pull_chains(values, lam, groups.own(step))
+        else:
+            older = merge(outs[:n], self.split.outs[: len(lam)])
+            lam = densify(older, self.closure.cotangents["carry"])
+        return (lam, sums), cut
 
 
-def _first(closure: Closure, groups: Groups, ct_carry: list) -> list:
+def _at_the_end(groups: Groups, ct_carry: list) -> list:
     """λ of each chain before the last step: the final carry's cotangent is the last group's."""
     if groups.chains == 1:
         return ct_carry
-    own = groups.own(groups.length)
-    return [_select(own, v[None]) for v in ct_carry]
+    return [_select(groups.own(groups.length), v[None]) for v in ct_carry]
 
 
-def _trip(
-    closure: Closure, run: Run, split: Split, ct_ys: list, state: Any, place: Any
-) -> tuple[Any, Any]:
-    """One step backwards."""
-    lam, sums = state
-    groups = run.groups
-    residuals = [lax.dynamic_index_in_dim(v, place, 0, keepdims=False) for v in run.stacks]
-    residuals = closure.residuals(residuals, run.fixed)
-    ct_y = [lax.dynamic_index_in_dim(v, place, 0, keepdims=False) for v in ct_ys]
-    step = groups.length - place if run.reverse else place + 1
-    alive = groups.alive(step)
-    single = groups.chains == 1
-    if single and not groups.whole:
-        lam = [where_or_zero(~groups.starts(step), v) for v in lam]
-    elif not single:
-        own = groups.own(step)
-        keep = alive & ~(groups.starts(step) & own)
-        lam = [_select(keep, v) for v in lam]
-    total = lam if single else [jnp.sum(v, 0) for v in lam]
-    outs, emitted, terms = split.one_lag(closure.consts["pull"], [*residuals, *total, *ct_y])
-    n = len(lam) if single else 0
-    xs = densify(outs[n:], closure.cotangents["x"])
-    # With several chains a step's own is always alive; a single one may be over.
-    live = alive[0] if single and not groups.whole else True
-    if live is not True:
-        xs, emitted = ([where_or_zero(live, v) for v in vs] for vs in (xs, emitted))
-    if single:
-        lam = densify(outs[:n], closure.cotangents["carry"])
-        if live is not True:
-            lam = [where_or_zero(live, v) for v in lam]
-    else:
-        older = _pull_chains(closure, residuals, lam, ct_y, own)
-        lam = [_select(alive, v) for v in older]
-    return (lam, split.add(sums, terms, live)), (xs, emitted)
+def _entering(groups: Groups, step: Any, lam: list) -> list:
+    """λ of each chain as it enters a step: zero where the chain is over, or starts there.
+
+    What comes out of a step at which a chain is over is never asked for, so that a pullback
+    need not give zero for zero.
+    """
+    if groups.whole:
+        return lam
+    if groups.chains == 1:
+        return [where_or_zero(~groups.starts(step), v) for v in lam]
+    keep = groups.alive(step) & ~(groups.starts(step) & groups.own(step))
+    return [_select(keep, v) for v in lam]
 
 
-def _pull_chains(closure: Closure, residuals: list, lam: list, ct_y: list, own: jax.Array) -> list:
-    """Each chain's λ one step further; the step's own chain takes ȳ in."""
-    kinds = closure.cotangents["carry"]
+def _at_the_start(groups: Groups, lam: list) -> list:
+    """The sum of the λ that reach the initial carry."""
+    if groups.whole:
+        return lam
+    alive = groups.alive(1)
+    if groups.chains == 1:
+        return [where_or_zero(alive[0], v) for v in lam]
+    return [jnp.sum(_select(alive, v), 0) for v in lam]
+
+
+def _chains_pull(closure: Closure, fixed: list) -> Callable[[list, list, jax.Array], list]:
+    """A function from residuals and ȳ of a step and each chain's λ to the λ one step further."""
+    kinds, n = closure.cotangents["carry"], len(closure.slot)
     both = closure.split("pull", ("carry",), weights=False)
-
-    def pull(lam: list, ct_y: list) -> list:
-        outs, _, _ = both.one_lag(closure.consts["pull"], [*residuals, *lam, *ct_y])
-        return densify(outs, kinds)
-
-    if closure.indifferent_to_y:
-        return _batched(pull, lam, [_select(own, v[None]) for v in ct_y])
     alone = closure.split("pull_carry", ("carry",), weights=False)
 
-    def pull_carry(lam: list) -> list:
-        outs, _, _ = alone.one_lag(closure.consts["pull_carry"], [*residuals, *lam])
-        return densify(outs, kinds)
+    def pull_chains(values: list, lam: list, own: jax.Array) -> list:
+        residuals, ct_y = [*values[:n], *fixed], values[n:]
 
-    older = _batched(pull_carry, lam)
-    present = pull([jnp.zeros_like(v[0]) for v in lam], ct_y)
-    return [v + _select(own, u[None]) for v, u in zip(older, present, strict=True)]
+        def pull(lam: list, ct_y: list) -> list:
+            outs, _, _ = both.one_lag(closure.consts["pull"], [*residuals, *lam, *ct_y])
+            return densify(outs, kinds)
+
+        def pull_carry(lam: list) -> list:
+            outs, _, _ = alone.one_lag(closure.consts["pull_carry"], [*residuals, *lam])
+            return densify(outs, kinds)
+
+        # The step's own chain takes ȳ in.
+        if closure.indifferent_to_y:
+            return _batched(pull, lam, [_select(own, v[None]) for v in ct_y])
+        older = _batched(pull_carry, lam)
+        present = pull([jnp.zeros_like(v[0]) for v in lam], ct_y)
+        return [v + _select(own, u[None]) for v, u in zip(older, present, strict=True)]
+
+    return pull_chains
 
 
 def _batched(pull: Callable, *args: list) -> list:
@@ -152,41 +225,5 @@ def _batched(pull: Callable, *args: list) -> list:
 
 
 def _select(flags: jax.Array, values: jax.Array) -> jax.Array:
-    """Of each chain its values where its flag is set, else zeros."""
+    """The rows of `values` where the flag is set, else zeros."""
     return where_or_zero(flags.reshape(flags.shape + (1,) * (values.ndim - 1)), values)
-
-
-def _block(split: Split, run: Run) -> int:
-    """How many steps' operands are emitted before they are contracted."""
-    length = run.groups.length
-    emitted = sum(v.aval.size * v.aval.dtype.itemsize for v in split.emitted)
-    held = sum(v.size * v.dtype.itemsize for v in run.stacks)
-    if not emitted:
-        return length
-    most = min(length, max(1, int(_SHARE * held / emitted), -(-length // 8)))
-    even = [size for size in range(most, max(most // 2, 1) - 1, -1) if length % size == 0]
-    return even[0] if even else most
-
-
-def _in_blocks(pull_block: Callable, state: Any, run: Run, block: int) -> tuple[Any, list]:
-    """Runs blocks of steps newest first, those left over before the others."""
-    length = run.groups.length
-    count, rest = divmod(length, block)
-    parts = []
-    if rest:
-        start = 0 if run.reverse else length - rest
-        state, newest = pull_block(state, start, rest)
-        parts.append(newest)
-    if count:
-        starts = (rest if run.reverse else 0) + block * jnp.arange(count, dtype=jnp.int32)
-
-        def body(state: Any, start: Any) -> tuple[Any, list]:
-            return pull_block(state, start, block)
-
-        state, xs = lax.scan(body, state, starts, reverse=not run.reverse)
-        parts.append([v.reshape(count * block, *v.shape[2:]) for v in xs])
-    if not run.reverse:
-        parts.reverse()
-    return state, [
-        jnp.concatenate(vs) if rest and count else vs[0] for vs in zip(*parts, strict=True)
-    ]

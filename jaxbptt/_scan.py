@@ -10,6 +10,7 @@ from jax.extend import core
 from jaxbptt import _errors
 from jaxbptt._avals import stand_in
 from jaxbptt._closure import Closure, fill, pick, trace
+from jaxbptt._forward import record_run
 from jaxbptt._groups import Groups
 from jaxbptt._interpret import bind, scan_counts
 from jaxbptt._reverse import Run, pull_run
@@ -140,16 +141,11 @@ def _call(
     def forward(moving: Leaves, still: Leaves, programs: Leaves, consts: list) -> tuple[list, Any]:
         args = {g: fill(masks[g], moving[g], still[g]) for g in _GROUPS}
         bound = closure.bind(programs | {"hoisted": args["hoisted"]})
-
-        def body(carry: list, x: list) -> tuple[list, tuple[list, list]]:
-            (carry, y, _), recorded, _ = bound.forward([], carry, x)
-            return carry, (y, recorded)
-
-        carry, (ys, stacks) = lax.scan(
-            body,
+        carry, ys, stacks = record_run(
+            bound,
             args["carry"],
             args["x"],
-            length=groups.length,
+            groups.length,
             reverse=reverse,
             unroll=eqn.params["unroll"],
         )

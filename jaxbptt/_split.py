@@ -4,15 +4,15 @@ From each weight's cotangent the jaxpr is walked back through linear passes to t
 product, reduction or scatter that made it; see `_contract` for what becomes of these.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxbptt._contract import Atom, Split
-from jaxbptt._interpret import ZERO
+from jaxbptt._contract import Atom, Product, Split
+from jaxbptt._interpret import ZERO, needed, variables
 
 Maker = dict[Any, core.JaxprEqn]  # of each variable, the equation that makes it
 
@@ -41,29 +41,32 @@ def split(
     maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     weights, outs = ([ZERO if _is_zero(v, maker) else v for v in vs] for vs in (weights, outs))
     fixed = _fixed(jaxpr, constant)
-    eqns = _needed(jaxpr.eqns, _variables([*weights, *outs]))
-    after, in_loop = _walk_back(eqns, fixed, maker, _variables(weights), _variables(outs))
+    eqns = needed(jaxpr.eqns, variables([*weights, *outs]))
+    after, in_loop = _walk_back(eqns, fixed, maker, variables(weights), variables(outs))
     made_after = {v for eqn in after for v in eqn.outvars}
-    ends = [v for eqn in after for v in _variables(eqn.invars) if v not in fixed]
-    leaves = [v for v in dict.fromkeys(ends + _variables(weights)) if v not in made_after]
+    ends = [v for eqn in after for v in variables(eqn.invars) if v not in fixed]
+    leaves = [v for v in dict.fromkeys(ends + variables(weights)) if v not in made_after]
     makers = [maker[v] for v in leaves if v in maker and v not in in_loop and v not in fixed]
 
-    products, emitted = _worthwhile([e for e in makers if e.primitive.name == "dot_general"], fixed)
+    chosen, emitted = _worthwhile([e for e in makers if e.primitive.name == "dot_general"], fixed)
+    turned = _turned([v for v in leaves if v not in in_loop and v not in weights], after)
+    products = [_product(e, turned.get(e.outvars[0])) for e in chosen]
     reductions = [e for e in makers if e.primitive.name == "reduce_sum" and e.invars[0] in emitted]
     scatters = [
         e for e in makers if e.primitive.name == "scatter-add" and _is_zero(e.invars[0], maker)
     ]
-    done = {e.outvars[0] for e in (*products, *reductions, *scatters)}
-    plain = [v for v in leaves if v not in done]
+    done = {e.outvars[0] for e in (*chosen, *reductions, *scatters)}
+    plain = [turned[v].outvars[0] if v in turned else v for v in leaves if v not in done]
+    summed = {*leaves, *plain, *(p.made for p in products)}
     operands = [v for e in scatters for v in e.invars[1:]]
     return Split(
         jaxpr=jaxpr,
         outs=outs,
         weights=weights,
-        at_lag=_needed(eqns, _variables([*outs, *emitted, *operands, *plain])),
-        after=_needed(
-            [e for e in eqns if e.outvars[0] in made_after or e.outvars[0] in fixed],
-            [v for v in _variables(weights) if v not in leaves],
+        at_lag=needed(eqns, variables([*outs, *emitted, *operands, *plain])),
+        after=needed(
+            [e for e in eqns if e.outvars[0] in (made_after | fixed) - summed],
+            [v for v in variables(weights) if v not in summed],
         ),
         products=products,
         reductions=reductions,
@@ -77,7 +80,7 @@ def _fixed(jaxpr: core.Jaxpr, constant: Sequence[bool]) -> set:
     """The variables that are the same at all lags."""
     fixed = {*jaxpr.constvars, *(v for v, c in zip(jaxpr.invars, constant, strict=True) if c)}
     for eqn in jaxpr.eqns:
-        if fixed.issuperset(_variables(eqn.invars)):
+        if fixed.issuperset(variables(eqn.invars)):
             fixed.update(eqn.outvars)
     return fixed
 
@@ -94,9 +97,9 @@ def _walk_back(
         if _is_linear(eqn, fixed, maker) and not in_loop.intersection(eqn.outvars):
             if to_weights.intersection(eqn.outvars):
                 after.append(eqn)
-                to_weights.update(_variables(eqn.invars))
+                to_weights.update(variables(eqn.invars))
         else:
-            in_loop.update(_variables(eqn.invars))
+            in_loop.update(variables(eqn.invars))
     return after[::-1], in_loop
 
 
@@ -104,7 +107,7 @@ def _is_linear(eqn: core.JaxprEqn, fixed: set, maker: Maker) -> bool:
     name = eqn.primitive.name
     out: Any
     out, *others = eqn.outvars
-    moving = [v for v in _variables(eqn.invars) if v not in fixed]
+    moving = [v for v in variables(eqn.invars) if v not in fixed]
     if others or not moving:
         return False
     if name in _JOINTLY_LINEAR:
@@ -143,11 +146,36 @@ def _worthwhile(products: list[core.JaxprEqn], fixed: set) -> tuple[list, list]:
     for _ in range(2):  # an operand that one product pays for is free to another before it
         for eqn in products:
             product: Any = eqn.outvars[0]
-            size = sum(v.aval.size for v in set(_variables(eqn.invars)) if v not in emitted)
+            size = sum(v.aval.size for v in set(variables(eqn.invars)) if v not in emitted)
             if size <= _WORTH * product.aval.size and not fixed.intersection(eqn.invars):
                 chosen[id(eqn)] = eqn
                 emitted.update(dict.fromkeys(eqn.invars))
     return [e for e in products if id(e) in chosen], list(emitted)
+
+
+def _turned(leaves: list, after: list[core.JaxprEqn]) -> dict[Any, core.JaxprEqn]:
+    """Of each leaf that is only ever transposed, its transposition.
+
+    A sum is kept the way round in which it is wanted: a transposition by itself copies.
+    """
+    readers: dict[Any, list[core.JaxprEqn]] = {v: [] for v in leaves}
+    for eqn in after:
+        for v in variables(eqn.invars):
+            readers.get(v, []).append(eqn)
+    only = {v: eqns[0] for v, eqns in readers.items() if len(eqns) == 1}
+    return {v: eqn for v, eqn in only.items() if eqn.primitive.name == "transpose"}
+
+
+def _product(eqn: core.JaxprEqn, transpose: core.JaxprEqn | None) -> Product:
+    """The product itself, or with its operands changed over where that is its transposition."""
+    (left, _), (batch, _) = eqn.params["dimension_numbers"]
+    operand: Any = eqn.invars[0]
+    out: Any = eqn.outvars[0]
+    a, b, n = len(batch), operand.aval.ndim - len(left), out.aval.ndim
+    changed = (*range(a), *range(b, n), *range(a, b))
+    if transpose is not None and transpose.params["permutation"] == changed:
+        return Product(eqn, True, transpose.outvars[0])
+    return Product(eqn, False, out)
 
 
 def _is_zero(atom: Atom, maker: Maker) -> bool:
@@ -159,16 +187,3 @@ def _is_zero(atom: Atom, maker: Maker) -> bool:
         and made.primitive.name == "broadcast_in_dim"
         and _is_zero(made.invars[0], maker)
     )
-
-
-def _needed(eqns: Sequence[core.JaxprEqn], wanted: Iterable) -> list[core.JaxprEqn]:
-    needed, kept = set(wanted), []
-    for eqn in reversed(eqns):
-        if needed.intersection(eqn.outvars):
-            kept.append(eqn)
-            needed.update(_variables(eqn.invars))
-    return kept[::-1]
-
-
-def _variables(atoms: Iterable[Atom]) -> list[Any]:
-    return [v for v in atoms if isinstance(v, core.Var)]

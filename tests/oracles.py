@@ -146,6 +146,35 @@ class Run:
             [np.stack(leaves)[oldest - 1 : newest] for leaves in zip(*ct_xs, strict=True)],
         )
 
+    def whole(self, window, every, ct_ys, ct_carry) -> Expected:
+        """The whole run, each group of outputs on its own: what `scan` sends back.
+
+        Args:
+            window: as in the library, None for no truncation.
+            every: as in the library.
+            ct_ys: list of T cotangents of the outputs.
+            ct_carry: cotangent of the final carry.
+        """
+        if window is None:
+            window = self.length + every
+        carry, xs, params = None, None, None
+        for first in range(1, self.length + 1, every):
+            end = min(first + every - 1, self.length)
+            oldest = reach(end, window, every, end - first + 1)
+            last = ct_carry if end == self.length else None
+            one = self.unrolled(end, oldest, ct_ys[max(first, oldest) - 1 : end], last)
+            rows = [(oldest - 1, self.length - end)] if one.xs else []
+            wide = [np.pad(v, rows + [(0, 0)] * (v.ndim - 1)) for v in one.xs]
+            lam = one.carry if oldest == 1 else [np.zeros_like(v) for v in one.carry]
+            if params is None:
+                params, carry, xs = one.params, lam, wide
+            else:
+                params, carry, xs = (
+                    [a + b for a, b in zip(*pair, strict=True)]
+                    for pair in ((params, one.params), (carry, lam), (xs, wide))
+                )
+        return Expected(params, carry, xs)
+
     def dense(self, newest, oldest, ct_ys, ct_carry=None) -> Expected:
         """Oracle 2, for steps whose moving leaves are real. Arguments as for `unrolled`."""
         steps = range(oldest - 1, newest)

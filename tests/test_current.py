@@ -69,14 +69,17 @@ def lstm(params, carry, x):
 @pytest.mark.parametrize(
     ("step", "blocks", "states", "stored", "current"),
     [
-        (tanh_rnn, 1, 1, 360.5, 100.5),
-        (fused_gru, 3, 1, 1096.5, 324.5),
-        (lstm, 4, 2, 1448.5, 420.5),
+        (tanh_rnn, 1, 1, 328.5, 68.5),
+        (fused_gru, 3, 1, 904.5, 132.5),
+        (lstm, 4, 2, 1256.5, 228.5),
     ],
     ids=["tanh RNN", "fused GRU", "LSTM"],
 )
 def test_kibibytes_per_step(step, blocks, states, stored, current):
-    """Batch 32, 256 units, 32 inputs without a gradient, a readout of 4, float32."""
+    """Batch 32, 256 units, 32 inputs without a gradient, a readout of 4, float32.
+
+    The derivatives that `jax.vjp` keeps beside a sigmoid's or a tanh's value are not there.
+    """
 
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -452,3 +455,17 @@ def test_stored_ignores_the_values_of_the_callers_parameters():
     current, other, _ = recorded(CELLS["verbatim"]().step, thetas, xs, "current")
     moved = current.pullback(thetas[-1], other, jnp.ones(1))
     assert oracles.relative_error(moved.params, same.params) > 1e-3
+
+
+def test_what_was_made_with_parameters_is_not_made_again_with_others():
+    """(a sin h)² needs sin h and a sin h; the second is cheaply made of the first, with a."""
+
+    def step(a, h, x):
+        s = jnp.sin(h + x)
+        return s, (a * s) ** 2
+
+    rec = jaxbptt.record(step, window=1, weights="current")
+    tape, _ = rec(3.0, rec.init(3.0, 0.5, 0.0), 0.2)
+    s = np.sin(0.7)
+    got = rec.pullback(7.0, tape, jnp.ones(1)).params
+    np.testing.assert_allclose(got, 2 * (3.0 * s) * s, rtol=1e-14)

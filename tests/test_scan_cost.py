@@ -1,0 +1,167 @@
+"""What a gradient through `scan` costs: memory, and where the products are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from test_scan import draw, worst
+
+import jaxbptt
+from jaxbptt import _forward, _reverse
+
+full = functools.partial(jaxbptt.scan, window=None)
+
+
+def lstm(p, carry, x):
+    h, c = carry
+    gates = x @ p["wx"] + h @ p["wh"] + p["b"][None]
+    i, f, g, o = jnp.split(gates, 4, axis=1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (h, c), h
+
+
+def gru(p, carry, x):
+    (h,) = carry
+    rx, zx, nx = jnp.split(x @ p["wx"] + p["b"][None], 3, axis=1)
+    rh, zh, nh = jnp.split(h @ p["wh"], 3, axis=1)
+    r, z = jax.nn.sigmoid(rx + rh), jax.nn.sigmoid(zx + zh)
+    h = (1 - z) * jnp.tanh(nx + r * nh) + z * h
+    return (h,), h
+
+
+def tanh_rnn(p, carry, x):
+    h = jnp.tanh(x @ p["wx"] + carry[0] @ p["wh"] + p["b"][None])
+    return (h,), h
+
+
+def with_head(cell):
+    def step(p, carry, x):
+        carry, h = cell(p, carry, x)
+        scores = jax.nn.log_softmax(h @ p["head"])
+        return carry, -jnp.take_along_axis(scores, p["words"], -1).mean()
+
+    return step
+
+
+def problem(cell, batch, inputs, hidden, length, words=0, dtype=jnp.float32):
+    gates, leaves = {"lstm": (4, 2), "gru": (3, 1), "tanh_rnn": (1, 1)}[cell.__name__]
+    p = {
+        "wx": draw(0, inputs, gates * hidden),
+        "wh": draw(1, hidden, gates * hidden),
+        "b": draw(2, gates * hidden),
+    }
+    if words:
+        p["head"] = draw(3, hidden, words)
+    init, xs = (draw(4, batch, hidden),) * leaves, draw(5, length, batch, inputs)
+    return jax.tree.map(lambda v: v.astype(dtype), (p, init, xs))
+
+
+def loss(scan, step, p, init, xs):
+    p = p | {"words": jnp.arange(xs.shape[1], dtype=jnp.int32)[:, None]}
+    return jnp.mean(scan(lambda c, x: step(p, c, x), init, xs)[1] ** 2)
+
+
+@pytest.mark.parametrize(
+    ("cell", "shape"),
+    [
+        (lstm, (1, 128, 256, 50)),
+        (lstm, (32, 64, 64, 100)),
+        (lstm, (32, 128, 256, 50)),
+        (gru, (1, 128, 256, 50)),
+        (gru, (32, 64, 64, 100)),
+        (gru, (8, 128, 256, 50)),
+        (tanh_rnn, (32, 32, 64, 200)),
+        (tanh_rnn, (4, 256, 256, 100)),
+    ],
+)
+def test_takes_at_most_a_quarter_more_memory_than_lax_scan(cell, shape):
+    def temporaries(scan):
+        args = problem(cell, *shape)
+        grad = jax.jit(jax.grad(functools.partial(loss, scan, cell), (0, 1)))
+        return grad.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(full) <= 1.25 * temporaries(lax.scan)
+
+
+def products(jaxpr, in_loop=False):
+    """Of each matrix product the shape of what it makes, and whether it is in a loop."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn.outvars[0].aval.shape, in_loop
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                loop = in_loop or eqn.primitive.name in ("scan", "while")
+                yield from products(inner, loop)
+
+
+def products_of(step, args, window=None):
+    scan = functools.partial(jaxbptt.scan, window=window)
+    grad = jax.grad(functools.partial(loss, scan, step), (0, 1, 2))
+    return list(products(jax.make_jaxpr(grad)(*args).jaxpr))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_weights_are_contracted_outside_the_loop(window):
+    found = products_of(lstm, problem(lstm, 32, 128, 256, 50), window)
+    made_in_loop = {np.prod(shape) for shape, in_loop in found if in_loop}
+    assert sorted(np.prod(shape) for shape, in_loop in found if not in_loop) == [
+        128 * 1024,
+        256 * 1024,
+    ]
+    assert max(made_in_loop) < 128 * 1024 * (1 if window is None else 5)
+
+
+def test_at_a_small_batch_inputs_and_head_are_projected_for_many_steps_at_once():
+    args = problem(lstm, 2, 16, 32, 50, words=100)
+    found = products_of(with_head(lstm), args)
+    assert [shape for shape, _ in found if shape[0] == 2] == [(2, 128), (2, 32)]  # by wh, and back
+    many = problem(lstm, 64, 16, 32, 50, words=100)
+    in_loop = [shape for shape, inside in products_of(with_head(lstm), many) if inside]
+    assert (64, 100) in in_loop  # a large batch keeps the matrix busy as it is
+
+
+def test_side_effects_stay_in_the_loop(capsys):
+    def f(c, x):
+        jax.debug.print("at {}", x)
+        c = jnp.tanh(c @ jnp.ones((2, 2)) + x)
+        return c, c.sum()
+
+    jax.grad(lambda c: full(f, c, jnp.arange(3.0))[1].sum())(jnp.ones((1, 2)))
+    jax.effects_barrier()
+    assert capsys.readouterr().out.split() == "at 0.0 at 1.0 at 2.0".split()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("window", "every"), [(None, 1), (4, 1), (4, 4), (2, 3)])
+@pytest.mark.parametrize("batch", [2, 20])
+def test_blocks_of_steps_change_nothing(monkeypatch, batch, window, every, reverse):
+    scan = functools.partial(jaxbptt.scan, window=window, every=every, reverse=reverse)
+    args = problem(gru, batch, 3, 5, 11, words=30, dtype=jnp.float64)
+
+    def grads():
+        return jax.value_and_grad(functools.partial(loss, scan, with_head(gru)), (0, 1, 2))(*args)
+
+    at_once = grads()
+    for size in (3, 11):
+        for module in (_forward, _reverse):
+            monkeypatch.setattr(module, "block_size", lambda *_, size=size, **__: size)
+        assert worst(grads(), at_once) < 1e-13
+
+
+def test_what_is_recorded_twice_is_stacked_once():
+    """x is held by xs already; of s and s (1 - s) only s is stacked."""
+
+    def run(w, xs):
+        return full(lambda c, x: (jax.nn.sigmoid(w * c) * x, None), xs[0], xs)[0].sum()
+
+    closed = jax.make_jaxpr(jax.grad(run))(0.3, draw(0, 9, 4))
+    forward = next(eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "scan")
+    shapes = [v.aval.shape for v in forward.outvars]
+    assert shapes == [(4,), (9, 4), (9, 4)]  # the last carry; c and s of each step
