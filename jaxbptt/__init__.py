@@ -14,9 +14,26 @@ A loop over single time steps with the gradient inside it; here it reaches back 
     5.5
 """
 
-from jaxbptt._record import Cotangents, Recorder, record
+from jaxbptt._check import check_step
+from jaxbptt._check_report import Finding, Report
+from jaxbptt._cotangents import Cotangents
+from jaxbptt._record import Recorder, record
+from jaxbptt._resets import with_resets
 from jaxbptt._scan import scan
+from jaxbptt._tabulate import Table, tabulate
 from jaxbptt._tape import Tape
 
-__all__ = ["Cotangents", "Recorder", "Tape", "record", "scan"]
+__all__ = [
+    "Cotangents",
+    "Finding",
+    "Recorder",
+    "Report",
+    "Table",
+    "Tape",
+    "check_step",
+    "record",
+    "scan",
+    "tabulate",
+    "with_resets",
+]
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from jaxbptt._chain import Window, pull_newest_x, pull_window
 from jaxbptt._closure import Closure, fill, pick
 from jaxbptt._tape import Tape
 from jaxbptt._types import PyTree, type_of
+from jaxbptt._windows import within
 
 Leaves = dict[str, list]  # leaves by group
 
@@ -62,19 +63,21 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
     return recorded_step(moving, still, tape, consts)
 
 
-def tape_window(tape: Tape, fixed: list, steps: int) -> Window:
-    """The newest `steps` steps of a tape, as far as they are recorded."""
+def tape_window(closure: Closure, tape: Tape, fixed: list, rows: int) -> Window:
+    """What the last `rows` outputs of a group reach of a tape, as far as it is recorded."""
+    every = tape._settings.every
+    steps, *parts = (within(w, rows, every) for w in (closure.window, *closure.parts))
     read = _tape.reader(tape._ring, tape._head, tape.length)
-    return Window(read, fixed, steps, jnp.minimum(tape.length, steps))
+    return Window(read, fixed, steps, jnp.minimum(tape.length, steps), tuple(parts))
 
 
 def _pull_group(
     closure: Closure, tape: Tape, fixed: list, ct_carry: list, ct_y: list
 ) -> dict[str, list]:
     """Cotangents of hoisted, params and x for the group that the newest step ends, or zeros."""
-    every, steps = tape._settings.every, tape._settings.window
-    rows = min(every, steps)
-    window = tape_window(tape, fixed, steps)
+    every = tape._settings.every
+    rows = min(every, closure.window)
+    window = tape_window(closure, tape, fixed, rows)
 
     def back() -> dict[str, list]:
         ct_ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in ct_y]

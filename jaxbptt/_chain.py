@@ -19,6 +19,7 @@ from jaxbptt._avals import zeros
 from jaxbptt._closure import Closure
 from jaxbptt._contract import where_or_zero
 from jaxbptt._interpret import ZERO, Value
+from jaxbptt._pulls import name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Window:
         fixed: the residuals that are the same in all steps.
         steps: how many lags there are at most (static).
         reach: lags from here on are not reached (may be traced).
+        parts: of each leaf of λ, how many lags it is followed; nothing where that is all.
     """
 
     read: Callable[[Any], list]
     fixed: list
     steps: int
     reach: Any
+    parts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,13 @@ class WindowCotangents:
     weights: list  # summed over the lags
     carry: list  # the last λ
     xs: list  # x̄ by lag, each (steps, *x.shape), lag 0 first; empty unless asked for
+
+    def then(self, older: "WindowCotangents") -> "WindowCotangents":
+        """Those of a longer window, of which `older` has the other lags."""
+        if not self.weights and not self.xs:
+            return older
+        weights = _each(_plus, self.weights, older.weights)
+        return WindowCotangents(weights, older.carry, _each(_joined, self.xs, older.xs))
 
 
 def pull_window(
@@ -61,16 +71,18 @@ def pull_window(
         keep_xs: whether x̄ is wanted.
     """
     newest_first = [jnp.flip(leaf, 0) for leaf in ct_ys]
-    older = window.steps - rows
-    if not older or closure.indifferent_to_y:
-        # One loop is cheaper than two, where rows of zeros cost next to nothing.
-        ct_ys = [_padded(leaf, older) for leaf in newest_first]
-        ct = _sweep(closure, window, "pull", 0, window.steps, ct_carry, ct_ys, keep_xs)
-        return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
-    new = _sweep(closure, window, "pull", 0, rows, ct_carry, newest_first, keep_xs)
-    old = _sweep(closure, window, "pull_carry", rows, window.steps, new.carry, [], keep_xs)
-    weights = dense_weights(closure, _each(_plus, new.weights, old.weights))
-    return WindowCotangents(weights, old.carry, _each(_joined, new.xs, old.xs))
+    # One loop is cheaper than two, where rows of zeros cost next to nothing.
+    together = rows == window.steps or (closure.indifferent_to_y and not window.parts)
+    if together:
+        newest_first = [_padded(leaf, window.steps - rows) for leaf in newest_first]
+    stops = sorted({window.steps, *window.parts} | (set() if together else {rows}))
+    ct = WindowCotangents([], ct_carry, [])
+    for start, stop in zip([0, *stops], stops, strict=False):
+        with_y = together or start < rows
+        name = name_of(with_y, closure.over_at(start, window.parts))
+        ys = [leaf[start:stop] for leaf in newest_first] if with_y else []
+        ct = ct.then(_sweep(closure, window, name, start, stop, ct.carry, ys, keep_xs))
+    return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
 
 
 def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:
@@ -104,7 +116,8 @@ def _sweep(
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
         older = densify(outs[: len(lam)], kinds["carry"])
-        lam = _each(lambda new, old: jnp.where(live, new, old), older, lam)
+        followed = [live & (not over) for over in closure.over[program]]
+        lam = _each(jnp.where, followed, older, lam)
         xs = densify(outs[len(lam) :], kinds["x"] if keep_xs else [])
         kept = [where_or_zero(live, v) for v in (*xs, *emitted)]
         return (lam, split.add(sums, terms, live)), (kept[: len(xs)], kept[len(xs) :])

@@ -4,14 +4,13 @@ The only file that knows what `jax.vjp` returns. The closure's treedef holds a
 jaxpr that is compared by identity, so the closure itself can't be carried through
 a loop; its leaves, the residuals, can. A step is therefore traced once into flat
 programs, without calls inside: `forward` is the step with its residuals, `pull` the
-closure applied to residuals, `pull_carry` what remains of it for a zero cotangent of
-y, and `derive` the residuals that depend on parameters alone.
+closure applied to residuals (see `_pulls` for its variants), and `derive` the residuals
+that depend on parameters alone.
 
 Gradients flow through floating and complex leaves only; the others (integers,
 booleans, keys) take part in `forward` and are no part of a pullback.
 """
 
-import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
@@ -20,13 +19,14 @@ import jax
 from jax import numpy as jnp
 from jax.extend import core
 
-from jaxbptt._avals import like
 from jaxbptt._contract import Split
-from jaxbptt._interpret import ZERO, Value, drop, interpret, prune, without_calls, zero_rule
+from jaxbptt._interpret import ZERO, without_calls
+from jaxbptt._pulls import heavy, trace_pulls
 from jaxbptt._residuals import Residuals
 from jaxbptt._split import split
 from jaxbptt._step import trace_step
-from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type
+from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type, type_of
+from jaxbptt._windows import Windows
 
 Mask: TypeAlias = tuple[bool, ...]
 Consts: TypeAlias = dict[str, list]
@@ -55,7 +55,10 @@ class Closure:
     fixed: tuple[int, ...]  # outputs of `forward` that `derive` gives as well
     slot: tuple[LeafType, ...]  # what one step leaves on the ring
     spared: int  # bytes of residuals that the pullbacks make again
-    zero_outs: Mask  # outputs of `pull` that are zero when ȳ is
+    zero: dict[str, Mask]  # of each pullback, the outputs that are zero and not in its program
+    over: dict[str, Mask]  # of each, the leaves of the carry whose window is over
+    window: int  # the longest window of a leaf of λ
+    parts: tuple[int, ...]  # the window of each leaf of λ, or nothing where they have one
     asked: Mask  # the differentiable hoisted arrays whose gradient anybody could ask for
 
     def bind(self, consts: Consts) -> "Closure":
@@ -82,15 +85,15 @@ class Closure:
         return [None] * before + fixed + [None] * after
 
     def split(self, name: str, wanted: Sequence[str], *, weights: bool = True) -> Split:
-        """The program "pull" or "pull_carry", divided, with these groups wanted at each lag."""
-        jaxpr = self.programs[name]
-        outs: Iterable = jaxpr.outvars
-        if name == "pull_carry":
-            outs = fill(self.zero_outs, [ZERO] * sum(self.zero_outs), outs)
-        rest = iter(outs)
-        of = {group: [next(rest) for _ in self.cotangents[group]] for group in _INPUTS}
+        """A pullback, divided, with these groups wanted at each lag."""
+        jaxpr, zero, over = self.programs[name], self.zero[name], self.over[name]
+        rest = iter(fill(zero, [ZERO] * sum(zero), jaxpr.outvars))
+        of: dict[str, list] = {
+            group: [next(rest) for _ in self.cotangents[group]] for group in _INPUTS
+        }
         before, after = self._around_fixed(jaxpr)
         constant = [False] * before + [True] * len(self.fixed) + [False] * after
+        of["carry"] = [ZERO if o else v for v, o in zip(of["carry"], over, strict=True)]
         of["hoisted"] = [v if m else ZERO for v, m in zip(of["hoisted"], self.asked, strict=True)]
         summed = [v for group in _WEIGHTS for v in of[group]] if weights else []
         return split(jaxpr, constant, summed, [v for group in wanted for v in of[group]])
@@ -98,8 +101,12 @@ class Closure:
     @property
     def indifferent_to_y(self) -> bool:
         """Whether a zero ȳ saves the pullback nothing but additions."""
-        pull, pull_carry = (_heavy(self.programs[name]) for name in ("pull", "pull_carry"))
+        pull, pull_carry = (heavy(self.programs[name]) for name in ("pull", "pull_carry"))
         return pull == pull_carry
+
+    def over_at(self, lag: int, parts: Sequence[int]) -> int:
+        """How many of the distinct windows are over at a lag, `parts` being what they reach."""
+        return len({w for w, part in zip(self.parts, parts, strict=True) if part <= lag})
 
     def by_group(self, weights: list) -> dict[str, list]:
         """A flat list over the weights, by group."""
@@ -116,7 +123,14 @@ class Closure:
 
 
 def trace(
-    step: StepFn, params: PyTree, carry: PyTree, x: PyTree, *, stored: bool, has_aux: bool
+    step: StepFn,
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    *,
+    stored: bool,
+    has_aux: bool,
+    windows: Windows,
 ) -> Closure:
     """Traces one step from canonical arguments.
 
@@ -127,6 +141,7 @@ def trace(
         x: the same for one input.
         stored: whether values that depend on parameters alone go on the ring too.
         has_aux: whether y is a pair of what is differentiated and what is not.
+        windows: how many steps λ of each part of the carry is followed.
 
     Raises:
         TypeError: the step doesn't return a pair, or not a carry of the type it was given.
@@ -146,9 +161,11 @@ def trace(
     forward = without_calls(jax.make_jaxpr(record)(*leaves), leaves)
     n, (pull,) = len(outputs.leaves), found
     residuals = Residuals.of(forward, n, len(groups["hoisted"] + groups["params"]), stored)
+    of_leaves = pick(masks["carry"], windows.by_leaf(type_of(carry)))
+    parts = of_leaves if len(set(of_leaves)) > 1 else []
+    pulls = trace_pulls(pull, residuals, sum(masks["carry"]), parts)
     programs = {"forward": forward, "derive": residuals.derive}
-    pulls, zero_outs = _trace_pulls(pull, residuals, sum(masks["carry"]))
-    programs |= pulls
+    programs |= {name: p.closed for name, p in pulls.items()}
     cotangents = iter(v.aval for v in programs["pull"].jaxpr.outvars)
     return Closure(
         consts={"hoisted": list(flow.consts)} | {k: list(p.consts) for k, p in programs.items()},
@@ -160,7 +177,10 @@ def trace(
         fixed=residuals.fixed,
         slot=tuple(leaf_type(forward.jaxpr.outvars[i].aval) for i in residuals.recorded),
         spared=residuals.spared,
-        zero_outs=zero_outs,
+        zero={name: p.zero for name, p in pulls.items()},
+        over={name: p.over for name, p in pulls.items()},
+        window=max(of_leaves, default=windows.longest),
+        parts=tuple(parts),
         asked=tuple(isinstance(v, jax.core.Tracer) for v in pick(masks["hoisted"], flow.consts)),
     )
 
@@ -178,12 +198,6 @@ def fill(mask: Sequence[bool], true: Iterable, false: Iterable) -> list:
 
 def _differentiable(leaves: Iterable) -> Mask:
     return tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
-
-
-def _heavy(jaxpr: core.Jaxpr) -> collections.Counter:
-    """How often a jaxpr calls for more than elementwise work."""
-    names = ("dot_general", "conv_general_dilated", "scan", "while", "cond", "scatter-add")
-    return collections.Counter(e.primitive.name for e in jaxpr.eqns if e.primitive.name in names)
 
 
 def _vjp(
@@ -207,26 +221,3 @@ def _vjp(
 
     examples = pick(outs_mask, outs[: len(outs_mask)])
     return outs, residuals, jax.make_jaxpr(apply)(residuals, examples)
-
-
-def _trace_pulls(
-    pull: core.ClosedJaxpr, residuals: Residuals, n_carry: int
-) -> tuple[dict[str, core.ClosedJaxpr], Mask]:
-    """The pullback for all cotangents, for those of the carry alone, and what is zero then."""
-    n = len(residuals.avals)
-    cts = [like(v.aval) for v in pull.jaxpr.invars[residuals.count :]]
-    zero: list[bool] = []
-
-    def flat(*args: Any) -> list[Value]:
-        return interpret(
-            pull.jaxpr, pull.consts, [*residuals.every(args[:n]), *args[n:]], zero_rule
-        )
-
-    def without_y(*args: Any) -> list:
-        outs = flat(*args, *[ZERO] * (len(cts) - n_carry))
-        zero[:] = [v is ZERO for v in outs]
-        return drop(outs, outs)
-
-    whole = prune(jax.make_jaxpr(flat)(*residuals.avals, *cts))
-    carry_only = prune(jax.make_jaxpr(without_y)(*residuals.avals, *cts[:n_carry]))
-    return {"pull": whole, "pull_carry": carry_only}, tuple(zero)

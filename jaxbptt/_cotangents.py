@@ -1,6 +1,7 @@
 """Cotangents at the border: checked when they come in, made whole when they go out."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +12,25 @@ from jaxbptt._closure import Closure, Mask, fill, pick
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
 _FLOAT0 = jax.dtypes.float0
+
+
+class Cotangents(NamedTuple):
+    """What `Recorder.pullback` returns.
+
+    Leaves that no gradient can flow through (integers, booleans, keys) are arrays of
+    dtype float0, as `jax.vjp` gives them.
+
+    Attributes:
+        params: θ̄, of the structure and shapes of the parameters, summed over the window.
+        carry: λ of the carry that entered the oldest step reached; with a window for each
+            part, each leaf's λ where it was cut.
+        xs: x̄ of each step in the window, leaves (window, *x.shape), oldest first, zero
+            where nothing was recorded.
+    """
+
+    params: PyTree
+    carry: PyTree
+    xs: PyTree
 
 
 def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list]:

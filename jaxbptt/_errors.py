@@ -28,6 +28,17 @@ def positive_int(name: str, value: Any) -> None:
         )
 
 
+def not_a_prefix(window: Any, carry: TreeType) -> ValueError:
+    """The error for a window whose containers are not those of the carry."""
+    shown = [f"window{keystr(path)}: {steps}" for path, steps in tree_flatten_with_path(window)[0]]
+    there = [f"carry{path}: {leaf}" for path, leaf in _by_path(carry).items()]
+    return ValueError(
+        "window must be one int, or ints in the containers of the carry or of its outer part, "
+        f"but got\n{_bullets(shown)}\nfor a carry with\n{_bullets(there)}\n"
+        "Give each part of the carry its window under the part's own key."
+    )
+
+
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Refuses an option that is not among `allowed`."""
     if value not in allowed:
@@ -118,6 +129,8 @@ def no_tape(name: str, value: Any, tape_class: type) -> None:
 
 def other_setting(name: str, wanted: Any, got: Any) -> ValueError:
     """The error for a tape made by a recorder with another window, every or weights."""
+    if name == "windows":
+        name, wanted, got = "window", wanted.tree(), got.tree()
     return ValueError(
         f"tape must be from a recorder with {name}={wanted!r}, but was made by one with "
         f"{name}={got!r}. {_KEEP_CARRY}"

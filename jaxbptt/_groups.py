@@ -4,6 +4,7 @@ Steps are counted from 1 in the order in which they run, groups from 0.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,16 +23,24 @@ class Groups:
     length: int
     window: int
     every: int
+    parts: tuple[int, ...] = ()  # the window of each leaf of λ, or nothing where they have one
 
     @classmethod
-    def of(cls, length: int, window: int | None, every: int) -> "Groups":
-        """The groups of a run, one where one does: all outputs in it, or nothing cut off."""
-        steps = max(length, 1)
-        if window is None or window >= length + every - 1:
+    def of(cls, length: int, windows: Sequence[int], every: int) -> "Groups":
+        """The groups of a run, one where one does: all outputs in it, or nothing cut off.
+
+        Args:
+            length: how many steps there are.
+            windows: the window of each leaf of λ, at least one.
+            every: how many outputs a group has.
+        """
+        steps, window = max(length, 1), max(windows)
+        parts = tuple(windows) if len(set(windows)) > 1 else ()
+        if not parts and window >= length + every - 1:
             return cls(length, steps, steps)
-        return (
-            cls(length, min(window, steps), steps) if every >= steps else cls(length, window, every)
-        )
+        if every >= steps:
+            return cls(length, min(window, steps), steps, parts)
+        return cls(length, min(window, steps + every - 1), every, parts)
 
     @property
     def chains(self) -> int:
@@ -41,7 +50,7 @@ class Groups:
     @property
     def whole(self) -> bool:
         """Whether one chain reaches every step: full backpropagation through time."""
-        return self.window == self.every >= self.length
+        return self.window == self.every >= self.length and not self.parts
 
     @property
     def gaps(self) -> bool:
@@ -58,9 +67,16 @@ class Groups:
 
     def alive(self, step: Any) -> jax.Array:
         """For each slot, whether its chain reaches this step: bool (chains,)."""
+        return self._reaching(step, self.window)
+
+    def parts_alive(self, step: Any) -> list[jax.Array]:
+        """The same for each leaf of λ, a list of one where they have one window."""
+        return [self._reaching(step, window) for window in self.parts or (self.window,)]
+
+    def _reaching(self, step: Any, window: int) -> jax.Array:
         group = (step - 1) // self.every
         group += (jnp.arange(self.chains, dtype=jnp.int32) - group) % self.chains
         first = group * self.every + 1
         end = jnp.minimum(first + (self.every - 1), self.length)
-        reach = jnp.maximum(first - max(self.window - self.every, 0), end - (self.window - 1))
+        reach = jnp.maximum(first - max(window - self.every, 0), end - (window - 1))
         return (first <= self.length) & (reach <= step)

@@ -230,6 +230,8 @@ def zero_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """Keeps a zero symbolic through linear primitives and makes it an array elsewhere."""
     name = eqn.primitive.name
     zero = [v is ZERO for v in values]
+    if name == "pad" and isinstance(eqn.invars[1], core.Literal) and not eqn.invars[1].val:
+        zero[1] = True
     if name in ("add", "add_any") and any(zero):
         return [values[1] if zero[0] else values[0]]
     if (

@@ -1,7 +1,6 @@
 """`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +10,10 @@ from jaxbptt._avals import canonical, stand_in
 from jaxbptt._call import call, tape_window
 from jaxbptt._chain import pull_window
 from jaxbptt._closure import Closure, trace
-from jaxbptt._cotangents import given_ct_carry, given_ct_ys, with_float0
+from jaxbptt._cotangents import Cotangents, given_ct_carry, given_ct_ys, with_float0
 from jaxbptt._tape import Settings, Tape
 from jaxbptt._types import PyTree, StepFn, type_of
-
-
-class Cotangents(NamedTuple):
-    """What `Recorder.pullback` returns.
-
-    Leaves that no gradient can flow through (integers, booleans, keys) are arrays of
-    dtype float0, as `jax.vjp` gives them.
-
-    Attributes:
-        params: θ̄, of the structure and shapes of the parameters, summed over the window.
-        carry: λ of the carry that entered the oldest step reached.
-        xs: x̄ of each step in the window, leaves (window, *x.shape), oldest first, zero
-            where nothing was recorded.
-    """
-
-    params: PyTree
-    carry: PyTree
-    xs: PyTree
+from jaxbptt._windows import Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +25,15 @@ class Recorder:
     """
 
     step: StepFn
-    window: int
+    windows: Windows
     every: int
     weights: str
     has_aux: bool
+
+    @property
+    def window(self) -> PyTree:
+        """How many steps a cotangent reaches back, as it was given."""
+        return self.windows.tree()
 
     def init(self, params: PyTree, carry: PyTree, x: PyTree) -> Tape:
         """A tape with nothing recorded yet.
@@ -68,8 +55,10 @@ class Recorder:
             _errors.no_tape(name, value, Tape)
         params, x = canonical(params, "params", structs=True), canonical(x, "x", structs=True)
         carry = jax.tree.map(jnp.copy, canonical(carry, "carry"))
-        slot = self._trace(params, carry, x).slot
-        return _tape.blank(carry, slot, self._settings(params, carry, x))
+        closure = self._trace(params, carry, x)
+        types = type_of(params), type_of(carry), type_of(x)
+        settings = Settings(closure.window, self.windows, self.every, self.weights, *types)
+        return _tape.blank(carry, closure.slot, settings)
 
     def __call__(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
         """Runs one step and records it.
@@ -133,18 +122,17 @@ class Recorder:
         _errors.is_tape(tape, Tape)
         params, x = canonical(params, "params"), stand_in(tape._settings.x)
         closure = self._resume(params, tape, x)
-        rows, ct_ys = given_ct_ys(closure, ct_ys, self.window)
+        rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
         lam = given_ct_carry(closure, tape.carry, ct_carry)
         fixed = closure.derive(jax.tree.leaves(params))
-        steps = min(self.window, rows + max(self.window - self.every, 0))
-        window = tape_window(tape, fixed, steps)
+        window = tape_window(closure, tape, fixed, rows)
         ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
-        missing = self.window - steps
+        missing = closure.window - window.steps
         xs = [jnp.pad(jnp.flip(v, 0), [(missing, 0)] + [(0, 0)] * (v.ndim - 1)) for v in ct.xs]
         return Cotangents(
             with_float0(closure.masks["params"], closure.by_group(ct.weights)["params"], params),
             with_float0(closure.masks["carry"], ct.carry, tape.carry),
-            with_float0(closure.masks["x"], xs, x, (self.window,)),
+            with_float0(closure.masks["x"], xs, x, (closure.window,)),
         )
 
     def due(self, tape: Tape) -> jax.Array:
@@ -157,19 +145,21 @@ class Recorder:
         _errors.is_tape(tape, Tape)
         return _tape.clear(tape)
 
-    def _settings(self, params: PyTree, carry: PyTree, x: PyTree) -> Settings:
-        return Settings(
-            self.window, self.every, self.weights, type_of(params), type_of(carry), type_of(x)
-        )
-
     def _trace(self, params: PyTree, carry: PyTree, x: PyTree) -> Closure:
-        stored = self.weights == "stored"
-        return trace(self.step, params, carry, x, stored=stored, has_aux=self.has_aux)
+        return trace(
+            self.step,
+            params,
+            carry,
+            x,
+            stored=self.weights == "stored",
+            has_aux=self.has_aux,
+            windows=self.windows,
+        )
 
     def _resume(self, params: PyTree, tape: Tape, x: PyTree) -> Closure:
         """The closure of the step on this tape, or a refusal before anything runs."""
         made = tape._settings
-        for name in ("window", "every", "weights"):
+        for name in ("windows", "every", "weights"):
             if getattr(made, name) != getattr(self, name):
                 raise _errors.other_setting(name, getattr(self, name), getattr(made, name))
         remedy = "Pass what init was given, or make a tape with init for the new shapes."
@@ -184,7 +174,7 @@ class Recorder:
 
 
 def record(
-    step: StepFn, *, window: int, every: int = 1, weights: str = "stored", has_aux: bool = False
+    step: StepFn, *, window: PyTree, every: int = 1, weights: str = "stored", has_aux: bool = False
 ) -> Recorder:
     """Wraps a step function so that gradients flow back through its last `window` calls.
 
@@ -196,13 +186,17 @@ def record(
 
     which is `jax.grad` of y_t through the last `window` steps with the older carry
     detached: BPTT(h; h′) of Williams & Peng with h = window and h′ = every. Arrays that
-    the step closes over are implicit parameters.
+    the step closes over are implicit parameters. With a window for each part of the carry a
+    leaf's λ is cut at its own lag and the rest flows on, so that parameters still get what
+    reaches them through other leaves.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, one time step: the body of a `lax.scan`
             with its parameters in front. Anything that `jax.vjp` takes.
         window: how many steps a cotangent reaches back, the present one included. 1 is the
-            ordinary one-step gradient, a window as long as the past full BPTT.
+            ordinary one-step gradient, a window as long as the past full BPTT. Or ints in the
+            containers of the carry, or of its outer part: a window for each part, such as
+            `{"fast": 5, "slow": 50}`.
         every: after how many steps cotangents start, m. The outputs of m steps, counted
             from the first step, then go back together, `window` steps from the last of
             them. `window == every` is truncation by chunks, 1 the sliding window.
@@ -216,11 +210,13 @@ def record(
         A `Recorder`.
 
     Raises:
-        ValueError: `window` or `every` is not a positive int, or `weights` is neither.
+        ValueError: `window` holds something else than positive ints, `every` is not one, or
+            `weights` is neither; from `init` on, `window` does not fit the carry.
 
     Cost:
         `window` slots of residuals, whatever the length of the loop; for a gradient,
-        `window` pullbacks of the step.
+        `window` pullbacks of the step. The longest window counts; of a part whose window is
+        over nothing is computed.
 
     References:
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -240,7 +236,7 @@ def record(
     """
     if not callable(step):
         raise _errors.not_callable(step)
-    _errors.positive_int("window", window)
+    windows = Windows.of(window)
     _errors.positive_int("every", every)
     _errors.one_of("weights", weights, ("stored", "current"))
-    return Recorder(step, int(window), int(every), weights, bool(has_aux))
+    return Recorder(step, windows, int(every), weights, bool(has_aux))

@@ -19,8 +19,8 @@ from jaxbptt._interpret import UNKNOWN, bind, drop, interpret, known_rule, prune
 # Elementwise, of a handful of instructions, or moving no data at all.
 _CHEAP = frozenset(
     "abs add add_any and broadcast_in_dim convert_element_type copy eq expand_dims ge gt "
-    "integer_pow le lt max min mul ne neg not one_minus_square or pvary reshape select_n sign "
-    "square squeeze sub transpose xor".split()
+    "integer_pow le lt max min mul name ne neg not one_minus_square or pvary reduce_precision "
+    "reshape select_n sign square squeeze sub transpose xor".split()
 )
 _MOST = 6  # of them at most for one residual
 

@@ -166,27 +166,34 @@ def _at_the_end(groups: Groups, ct_carry: list) -> list:
 
 
 def _entering(groups: Groups, step: Any, lam: list) -> list:
-    """λ of each chain as it enters a step: zero where the chain is over, or starts there.
+    """λ of each chain as it enters a step: zero where it is over, or starts there.
 
     What comes out of a step at which a chain is over is never asked for, so that a pullback
     need not give zero for zero.
     """
     if groups.whole:
         return lam
-    if groups.chains == 1:
-        return [where_or_zero(~groups.starts(step), v) for v in lam]
-    keep = groups.alive(step) & ~(groups.starts(step) & groups.own(step))
-    return [_select(keep, v) for v in lam]
+    goes_on = ~(groups.starts(step) & groups.own(step))
+    if groups.chains == 1 and not groups.parts:
+        return _follow(groups, [goes_on], lam)
+    return _follow(groups, [alive & goes_on for alive in groups.parts_alive(step)], lam)
 
 
 def _at_the_start(groups: Groups, lam: list) -> list:
     """The sum of the λ that reach the initial carry."""
     if groups.whole:
         return lam
-    alive = groups.alive(1)
+    lam = _follow(groups, groups.parts_alive(1), lam)
+    return lam if groups.chains == 1 else [jnp.sum(v, 0) for v in lam]
+
+
+def _follow(groups: Groups, flags: list, lam: list) -> list:
+    """λ where the flags, of each chain and leaf or of each chain, are set."""
+    flags = flags * len(lam) if len(flags) == 1 else flags
+    pairs = zip(flags, lam, strict=True)
     if groups.chains == 1:
-        return [where_or_zero(alive[0], v) for v in lam]
-    return [jnp.sum(_select(alive, v), 0) for v in lam]
+        return [where_or_zero(flag[0], v) for flag, v in pairs]
+    return [_select(flag, v) for flag, v in pairs]
 
 
 def _chains_pull(closure: Closure, fixed: list) -> Callable[[list, list, jax.Array], list]:

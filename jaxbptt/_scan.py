@@ -1,5 +1,6 @@
 """`scan`: `lax.scan` with a truncated reverse mode."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,14 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt import _errors
-from jaxbptt._avals import stand_in
+from jaxbptt._avals import like
 from jaxbptt._closure import Closure, fill, pick, trace
 from jaxbptt._forward import record_run
 from jaxbptt._groups import Groups
 from jaxbptt._interpret import bind, scan_counts
 from jaxbptt._reverse import Run, pull_run
 from jaxbptt._types import PyTree, type_of
+from jaxbptt._windows import Windows
 
 Leaves = dict[str, list]  # leaves by group
 
@@ -29,7 +31,7 @@ def scan(
     reverse: bool = False,
     unroll: int | bool = 1,
     *,
-    window: int | None,
+    window: PyTree,
     every: int = 1,
 ) -> tuple[PyTree, PyTree]:
     """`lax.scan` whose reverse-mode derivative reaches back `window` steps.
@@ -41,8 +43,9 @@ def scan(
 
         max(1, first - max(window - every, 0), end - window + 1)
 
-    where λ stops, unless that is step 1: then it goes on into `init`. The final carry's
-    cotangent goes with the last group. Arrays that `f` closes over are implicit parameters.
+    where λ stops, unless that is step 1: then it goes on into `init`. With a window for each
+    part of the carry this holds for each leaf's λ. The final carry's cotangent goes with the
+    last group. Arrays that `f` closes over are implicit parameters.
 
     Args:
         f: `f(carry, x) -> (carry, y)`, one time step.
@@ -52,7 +55,8 @@ def scan(
         reverse: whether to run from the last row of `xs` to the first.
         unroll: how many steps one trip of the compiled forward loop has, as in `lax.scan`.
         window: how many steps a cotangent reaches back, the present one included; None for
-            all: full backpropagation through time.
+            all: full backpropagation through time. Or ints in the containers of the carry,
+            or of its outer part: a window for each part.
         every: after how many steps cotangents start. `window == every` is truncation by
             chunks, 1 the sliding window.
 
@@ -60,12 +64,14 @@ def scan(
         `(carry, ys)`, as `lax.scan` returns them.
 
     Raises:
-        ValueError: `window` is neither None nor a positive int, or `every` is not one.
+        ValueError: `window` is neither None nor a positive int nor such ints in containers
+            that fit the carry, or `every` is not a positive int.
         TypeError: whatever `lax.scan` refuses.
 
     Cost:
         In reverse mode the residuals of `length` steps, and for each step one pullback plus,
-        where window > every, ceil(window / every) pullbacks of the carry, batched.
+        where window > every, ceil(window / every) pullbacks of the carry, batched; the longest
+        window counts.
 
     References:
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -79,10 +85,13 @@ def scan(
         >>> float(jax.grad(loss)(0.5))  # c_3 + w c_2, without the w² c_1 of full BPTT
         5.5
     """
-    if window is not None:
-        _errors.positive_int("window", window)
+    windows = None if window is None else Windows.of(window)
     _errors.positive_int("every", every)
     _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
+    if windows is not None:
+        by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
+        windows = Windows.of(by_leaf or windows.longest)
+        f = _unforwarded(f)
 
     def plain(init: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
         return lax.scan(f, init, xs, length=length, reverse=reverse, unroll=unroll)
@@ -100,16 +109,37 @@ def scan(
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         is_loop = eqn.primitive.name == "scan"
-        outs = _truncated(eqn, values, window, every) if is_loop else bind(eqn, values)
+        outs = _truncated(eqn, values, windows, every) if is_loop else bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
     return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in closed.jaxpr.outvars])
 
 
-def _truncated(eqn: core.JaxprEqn, values: list, window: int | None, every: int) -> list:
-    """The equation of a scan, with a derivative of its own."""
-    p = eqn.params
+def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]) -> Callable:
+    """The same step, with a carry that it returns as it came still an operation's result.
+
+    `lax.scan` takes such a part of the carry out of the loop, as a parameter of all steps; but
+    what a window says of a carry is not what it says of a parameter.
+    """
+
+    @functools.wraps(f)
+    def step(carry: PyTree, x: PyTree) -> Any:
+        outs = f(carry, x)
+        if not isinstance(outs, tuple | list) or len(outs) != 2:
+            return outs  # lax.scan says what is wrong with it
+        came = {id(leaf) for leaf in jax.tree.leaves(carry)}
+
+        def one(leaf: Any) -> Any:
+            return lax.optimization_barrier(leaf) if id(leaf) in came else leaf
+
+        return jax.tree.map(one, outs[0]), outs[1]
+
+    return step
+
+
+def _truncated(eqn: core.JaxprEqn, values: list, windows: Windows | None, every: int) -> list:
+    """The equation of a scan, with a derivative of its own; no windows: nothing is cut off."""
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
     n_consts, n_carry = scan_counts(eqn)
-    body, groups = p["jaxpr"], Groups.of(p["length"], window, every)
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
     xs = values[n_consts + n_carry :]
 
@@ -117,9 +147,12 @@ def _truncated(eqn: core.JaxprEqn, values: list, window: int | None, every: int)
         outs = core.jaxpr_as_fun(body)(*consts, *carry, *x)
         return outs[:n_carry], outs[n_carry:]
 
-    avals = [v.aval for v in body.jaxpr.invars[n_consts:]]
-    carry, x = (stand_in(type_of(vs)) for vs in (avals[:n_carry], avals[n_carry:]))
-    closure = trace(step, (), carry, x, stored=False, has_aux=False)
+    leaves = [like(v.aval) for v in body.jaxpr.invars[n_consts:]]
+    windows = windows or Windows.of(length + every)
+    closure = trace(
+        step, (), leaves[:n_carry], leaves[n_carry:], stored=False, has_aux=False, windows=windows
+    )
+    groups = Groups.of(length, closure.parts or [closure.window], every)
     return _call(closure, eqn, consts, init, xs, groups)
 
 

@@ -15,13 +15,15 @@ from jax import lax
 from jaxbptt import _errors
 from jaxbptt._avals import canonical, zeros
 from jaxbptt._types import LeafType, PyTree, TreeType, leaf_type, type_of
+from jaxbptt._windows import Windows
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a tape is for: static, hashable, equal by value."""
 
-    window: int
+    window: int  # the longest: slots of the ring
+    windows: Windows
     every: int
     weights: str
     params: TreeType

@@ -123,7 +123,8 @@ class Run:
 
         Args:
             newest: the step whose carry `ct_carry` belongs to.
-            oldest: the first step reached; the carry that enters it is detached.
+            oldest: the first step reached; the carry that enters it is detached. Or a list,
+                for each moving leaf of the carry the step from which on it is followed.
             ct_ys: list of cotangents of the last outputs, oldest first.
             ct_carry: cotangent of the newest carry, or None.
         """
@@ -136,44 +137,47 @@ class Run:
         lams = [no_carry] * self.length
         if ct_carry is not None:
             lams[newest - 1] = moving(ct_carry)
-        cut = np.arange(1, self.length + 1) == oldest
+        oldest = oldest if isinstance(oldest, list) else [oldest] * len(no_carry)
+        first = min(oldest, default=newest - len(ct_ys) + 1)
+        # Reached through another leaf, an older one would otherwise be followed again.
+        cut = np.arange(1, self.length + 1)[:, None] <= np.array(oldest, int)
         ct_thetas, probes, ct_xs = _unrolled(
             self.step, self.thetas, self.carry, self.xs, cut, rows, lams
         )
         return Expected(
             [np.sum(np.stack(leaves), 0) for leaves in zip(*ct_thetas, strict=True)],
-            probes[oldest - 1],
-            [np.stack(leaves)[oldest - 1 : newest] for leaves in zip(*ct_xs, strict=True)],
+            [probes[o - 1][i] for i, o in enumerate(oldest)],
+            [np.stack(leaves)[first - 1 : newest] for leaves in zip(*ct_xs, strict=True)],
         )
 
     def whole(self, window, every, ct_ys, ct_carry) -> Expected:
         """The whole run, each group of outputs on its own: what `scan` sends back.
 
         Args:
-            window: as in the library, None for no truncation.
+            window: as in the library, None for no truncation; or a list, one for each
+                moving leaf of the carry.
             every: as in the library.
             ct_ys: list of T cotangents of the outputs.
             ct_carry: cotangent of the final carry.
         """
-        if window is None:
-            window = self.length + every
-        carry, xs, params = None, None, None
+        n = len(moving(self.carry))
+        windows = window if isinstance(window, list) else [window or self.length + every] * n
+        longest = max(windows, default=window or self.length + every)
+        total = None
         for first in range(1, self.length + 1, every):
             end = min(first + every - 1, self.length)
-            oldest = reach(end, window, every, end - first + 1)
+            rows = end - first + 1
+            oldest = reach(end, longest, every, rows)
+            each = [reach(end, w, every, rows) for w in windows]
             last = ct_carry if end == self.length else None
-            one = self.unrolled(end, oldest, ct_ys[max(first, oldest) - 1 : end], last)
-            rows = [(oldest - 1, self.length - end)] if one.xs else []
-            wide = [np.pad(v, rows + [(0, 0)] * (v.ndim - 1)) for v in one.xs]
-            lam = one.carry if oldest == 1 else [np.zeros_like(v) for v in one.carry]
-            if params is None:
-                params, carry, xs = one.params, lam, wide
-            else:
-                params, carry, xs = (
-                    [a + b for a, b in zip(*pair, strict=True)]
-                    for pair in ((params, one.params), (carry, lam), (xs, wide))
-                )
-        return Expected(params, carry, xs)
+            one = self.unrolled(end, each, ct_ys[max(first, oldest) - 1 : end], last)
+            missing = self.length - end
+            xs = [np.pad(v, [(end - len(v), missing)] + [(0, 0)] * (v.ndim - 1)) for v in one.xs]
+            pairs = zip(one.carry, each, strict=True)
+            lam = [v if start == 1 else np.zeros_like(v) for v, start in pairs]
+            one = Expected(one.params, lam, xs)
+            total = one if total is None else jax.tree.map(np.add, total, one)
+        return total
 
     def dense(self, newest, oldest, ct_ys, ct_carry=None) -> Expected:
         """Oracle 2, for steps whose moving leaves are real. Arguments as for `unrolled`."""
@@ -228,7 +232,9 @@ def _unrolled(step, thetas, carry, xs, cut, ct_ys, ct_carries):
     def total(copies, probes, inputs):
         value, now = 0.0, carry
         for s in range(len(thetas)):
-            older = [jnp.where(cut[s], lax.stop_gradient(v), v) for v in moving(now)]
+            older = [
+                jnp.where(cut[s, i], lax.stop_gradient(v), v) for i, v in enumerate(moving(now))
+            ]
             now = refill(now, [v + probe for v, probe in zip(older, probes[s], strict=True)])
             now, y = step(refill(thetas[s], copies[s]), now, refill(xs[s], inputs[s]))
             value += _weigh(ct_ys[s], moving(y)) + _weigh(ct_carries[s], moving(now))

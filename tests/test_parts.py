@@ -1,0 +1,198 @@
+"""A window for each part of the carry, in `record` and in `scan`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import check, check_cotangents, drifting, moving, random_like, reach
+from test_scan_cost import products
+from test_scan_steps import pulled
+from zoo import normal
+
+import jaxbptt
+
+LENGTH = 8
+
+
+def step(p, carry, x):
+    """Two cells that read each other; a counter beside them."""
+    fast, (slow, count) = carry["fast"], carry["slow"]
+    new = jnp.tanh(x @ p["wx"] + fast @ p["ff"] + slow @ p["sf"])
+    slow = 0.9 * slow + jnp.tanh(fast @ p["fs"] + slow @ p["ss"] + x[:, :2])
+    return {"fast": new, "slow": (slow, count + 1)}, new[:, :2] * slow
+
+
+PARAMS = {
+    "wx": normal(1, float, 3, 4),
+    "ff": normal(2, float, 4, 4),
+    "sf": normal(3, float, 2, 4),
+    "fs": normal(4, float, 4, 2),
+    "ss": normal(5, float, 2, 2),
+}
+CARRY = {"fast": normal(6, float, 2, 4), "slow": (normal(7, float, 2, 2), jnp.int32(0))}
+XS = normal(8, float, LENGTH, 2, 3)
+PREFIXES = [
+    {"fast": 2, "slow": 5},
+    {"fast": 5, "slow": 2},
+    {"fast": 1, "slow": (3, 1)},
+    {"fast": 3, "slow": (3, 7)},
+    {"fast": 2, "slow": (20, 1)},
+]
+
+
+def of_moving(window):
+    """The windows of fast and of slow."""
+    slow = window["slow"]
+    return [window["fast"], slow[0] if isinstance(slow, tuple) else slow]
+
+
+@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize("window", PREFIXES, ids=str)
+def test_record_at_every_step(window, weights):
+    thetas = drifting(PARAMS, LENGTH) if weights == "stored" else [PARAMS] * LENGTH
+    run = oracles.Run(step, thetas, CARRY, XS, LENGTH)
+    rec = jaxbptt.record(step, window=window, weights=weights)
+    assert rec.window == window
+    carries, ys = run.trajectory
+    ct_y, ct_carry = random_like(ys[0], 1), random_like(carries[0], 2)
+
+    @jax.jit
+    def one(theta, tape, x):
+        def loss(theta):
+            new, y = rec(theta, tape, x)
+            pairs = zip(moving((ct_y, ct_carry)), moving((y, new.carry)), strict=True)
+            return sum(jnp.sum(a * b) for a, b in pairs), new
+
+        grad, new = jax.grad(loss, has_aux=True)(theta)
+        return new, grad, rec.pullback(theta, new, ct_y[None], ct_carry)
+
+    tape = rec.init(PARAMS, CARRY, XS[0])
+    for t in range(1, LENGTH + 1):
+        tape, grad, ct = one(thetas[t - 1], tape, XS[t - 1])
+        want = run.unrolled(t, [reach(t, w) for w in of_moving(window)], [ct_y], ct_carry)
+        check("parts, in the loop", grad, want.params, 1e-12)
+        check_cotangents("parts, pullback", ct, want, 1e-12)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+@pytest.mark.parametrize("window", PREFIXES, ids=str)
+def test_record_in_groups(window, every):
+    def loss_step(p, c, x):
+        c, y = step(p, c, x)
+        return c, jnp.sum(y**2)
+
+    run = oracles.Run(loss_step, PARAMS, CARRY, XS, LENGTH)
+    rec = jaxbptt.record(loss_step, window=window, every=every)
+    rows = min(every, max(of_moving(window)))
+
+    @jax.jit
+    def one(tape, x):
+        def loss(p):
+            new, y = rec(p, tape, x)
+            return y, new
+
+        return jax.grad(loss, has_aux=True)(PARAMS)
+
+    tape = rec.init(PARAMS, CARRY, XS[0])
+    for t in range(1, LENGTH + 1):
+        grad, tape = one(tape, XS[t - 1])
+        if t % every == 0:
+            oldest = [reach(t, w, every, every) for w in of_moving(window)]
+            want = run.unrolled(t, oldest, [jnp.ones(())] * rows)
+            check("parts, in groups", grad, want.params, 1e-12)
+        for m in range(1, min(t, max(of_moving(window))) + 1):
+            oldest = [reach(t, w, every, m) for w in of_moving(window)]
+            want = run.unrolled(t, oldest, [jnp.ones(())] * m)
+            ct = rec.pullback(PARAMS, tape, jnp.ones(m))
+            check_cotangents("parts, m outputs", ct, want, 1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 9])
+@pytest.mark.parametrize("window", PREFIXES, ids=str)
+def test_scan_against_each_group(window, every):
+    run = oracles.Run(step, PARAMS, CARRY, XS, LENGTH)
+    carries, ys = run.trajectory
+    ct_ys, ct_carry = [random_like(y, s) for s, y in enumerate(ys)], random_like(carries[-1], 50)
+    want = run.whole(of_moving(window), every, ct_ys, ct_carry)
+    how = {"window": window, "every": every}
+    got, _ = pulled(step, PARAMS, CARRY, XS, LENGTH, ct_ys, ct_carry, **how)
+    for name in ("params", "carry", "xs"):
+        check(f"parts, scan, {name}", getattr(got, name), getattr(want, name), 1e-12)
+
+
+def test_equal_windows_are_one_window():
+    parts = jaxbptt.record(step, window={"fast": 3, "slow": 3})
+    one = jaxbptt.record(step, window=3)
+    ct = []
+    for rec in (parts, one):
+        tape = rec.init(PARAMS, CARRY, XS[0])
+        for x in XS[:5]:
+            tape, _ = rec(PARAMS, tape, x)
+        ct.append(rec.pullback(PARAMS, tape, jnp.ones((1, 2, 2))))
+    jax.tree.map(np.testing.assert_array_equal, *ct)
+
+
+def test_a_part_whose_window_is_over_is_not_computed_with():
+    rec = jaxbptt.record(step, window={"fast": 2, "slow": 9})
+    tape = rec.init(PARAMS, CARRY, XS[0])
+    pull = functools.partial(rec.pullback, PARAMS, ct_ys=jnp.ones((1, 2, 2)))
+    jaxpr = jax.make_jaxpr(lambda tape: pull(tape))(tape)
+    loops = [e.params["jaxpr"].jaxpr for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+    made = [[shape for shape, _ in products(loop)] for loop in loops]
+    assert (2, 3) in made[0]  # x̄ through wx, which only fast has
+    assert (2, 3) not in made[-1]
+    assert len(made[-1]) < len(made[0])
+
+
+def test_a_carry_that_is_handed_on_unchanged_is_still_cut():
+    """`lax.scan` itself would make it a parameter of all steps."""
+
+    def run(carry, xs, **how):
+        def f(c, x):
+            return (c[0], c[1] + x * c[0]), c[0] * c[1]
+
+        return jaxbptt.scan(f, carry, xs, **how)[1].sum()
+
+    carry, xs = (jnp.full(2, 3.0), jnp.zeros(2)), jnp.ones((3, 2))
+    scale, total = jax.grad(run)(carry, xs, window=1)
+    assert scale.tolist() == [0, 0]  # y_1 = c⁰ c¹ with c¹ = 0
+    assert total.tolist() == [3, 3]
+    assert jax.grad(run)(carry, xs, window=None)[0].tolist() == [18, 18]
+    scale, total = jax.grad(run)(carry, xs, window=(3, 1))
+    assert total.tolist() == [3, 3]
+    assert scale.tolist() == [3 + 6, 3 + 6]  # c¹ of step s as it is: 0, 3, 6
+
+
+@pytest.mark.parametrize(
+    "window", [{"fast": 2}, {"fast": 2, "slow": (1, 2, 3)}, (2, 3), {"fast": 2, "slow": [1, 2]}]
+)
+def test_a_window_that_does_not_fit_the_carry(window):
+    shown = r"window\[.*carry\['fast'\]: float64\[2,4\]\n.*carry\['slow'\]\[1\]: int32\[\]"
+    with pytest.raises(ValueError, match=rf"(?s)^window must be one int, or ints in .*{shown}"):
+        jaxbptt.record(step, window=window).init(PARAMS, CARRY, XS[0])
+    with pytest.raises(ValueError, match=rf"(?s)^window must be one int, or ints in .*{shown}"):
+        jaxbptt.scan(lambda c, x: step(PARAMS, c, x), CARRY, XS, window=window)
+
+
+@pytest.mark.parametrize("bad", [0, -3, 2.0, True, None])
+def test_each_window_is_a_positive_int(bad):
+    with pytest.raises(ValueError, match=r"^window\['slow'\] must be an int of at least 1"):
+        jaxbptt.record(step, window={"fast": 2, "slow": bad})
+    with pytest.raises(ValueError, match=r"^window\['slow'\] must be an int of at least 1"):
+        jaxbptt.scan(lambda c, x: (c, x), CARRY, XS, window={"fast": 2, "slow": bad})
+
+
+def test_a_tape_made_with_other_windows_is_refused():
+    tape = jaxbptt.record(step, window={"fast": 2, "slow": 9}).init(PARAMS, CARRY, XS[0])
+    other = jaxbptt.record(step, window={"fast": 3, "slow": 9})
+    with pytest.raises(ValueError, match=r"^tape must be from a recorder with window=\{'fast': 3"):
+        other(PARAMS, tape, XS[0])
+
+
+def test_a_recorder_with_windows_can_be_jitted():
+    rec = jaxbptt.record(step, window={"fast": 2, "slow": 4})
+    tape, _ = jax.jit(rec)(PARAMS, rec.init(PARAMS, CARRY, XS[0]), XS[0])
+    assert tape.length == 1
