@@ -10,6 +10,7 @@ from jaxbptt import _errors, _tape
 from jaxbptt._avals import zeros
 from jaxbptt._chain import Window, pull_newest_x, pull_window
 from jaxbptt._closure import Closure, fill, pick
+from jaxbptt._replay import replayed
 from jaxbptt._tape import Tape
 from jaxbptt._types import PyTree, type_of
 from jaxbptt._windows import within
@@ -30,13 +31,14 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
     masks = closure.masks
     moving = {name: pick(masks[name], leaves) for name, leaves in groups.items()}
     still = {name: pick(masks[name], leaves, False) for name, leaves in groups.items()}
-    every = tape._settings.every
+    every, replays = tape._settings.every, tape._settings.weights == "replayed"
 
     def run(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, list]:
         args = {name: fill(masks[name], moving[name], still[name]) for name in moving}
         bound = closure.bind(consts | {"hoisted": args["hoisted"]})
         carry_leaves = jax.tree.leaves(tape.carry)
         (carry, y, aux), recorded, fixed = bound.forward(args["params"], carry_leaves, args["x"])
+        recorded = [*carry_leaves, *args["x"]] if replays else recorded
         return (_tape.push(tape, carry, recorded), y, aux), fixed
 
     @jax.custom_vjp
@@ -48,38 +50,45 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
         if every > 1 and not (len(y.leaves) == 1 and _is_scalar(y.leaves[0])):
             raise _errors.loss_not_scalar(y, every)
         outs, fixed = run(moving, still, tape, consts)
-        return outs, (outs[0], fixed, consts)
+        again = (moving, still) if replays else None  # the parameters to run the window with
+        return outs, (outs[0], fixed, consts, again)
 
     def backward(saved: Any, cts: Any) -> tuple[Leaves, None, None, None]:
-        tape, fixed, consts = saved
+        tape, fixed, consts, again = saved
         ct_tape, ct_y, _ = cts
         ct_carry = pick(masks["carry"], jax.tree.leaves(ct_tape.carry))
         ct_y = pick(masks["y"], jax.tree.leaves(ct_y))
+        params = []
+        if again:
+            args = [fill(masks[g], again[0][g], again[1][g]) for g in ("hoisted", "params")]
+            consts, params = consts | {"hoisted": args[0]}, args[1]
         bound = closure.bind(consts)
-        return _pull_group(bound, tape, fixed, ct_carry, ct_y), None, None, None
+        return _pull_group(bound, tape, params, fixed, ct_carry, ct_y), None, None, None
 
     recorded_step.defvjp(forward, backward)
     consts = {name: value for name, value in closure.consts.items() if name != "hoisted"}
     return recorded_step(moving, still, tape, consts)
 
 
-def tape_window(closure: Closure, tape: Tape, fixed: list, rows: int) -> Window:
+def tape_window(closure: Closure, tape: Tape, params: list, fixed: list, rows: int) -> Window:
     """What the last `rows` outputs of a group reach of a tape, as far as it is recorded."""
     every = tape._settings.every
     steps, *parts = (within(w, rows, every) for w in (closure.window, *closure.parts))
     read = _tape.reader(tape._ring, tape._head, tape.length)
+    if tape._settings.weights == "replayed":
+        read = replayed(closure, params, read, tape._settings.window, tape.length)
     return Window(read, fixed, steps, jnp.minimum(tape.length, steps), tuple(parts))
 
 
 def _pull_group(
-    closure: Closure, tape: Tape, fixed: list, ct_carry: list, ct_y: list
+    closure: Closure, tape: Tape, params: list, fixed: list, ct_carry: list, ct_y: list
 ) -> dict[str, list]:
     """Cotangents of hoisted, params and x for the group that the newest step ends, or zeros."""
     every = tape._settings.every
     rows = min(every, closure.window)
-    window = tape_window(closure, tape, fixed, rows)
 
     def back() -> dict[str, list]:
+        window = tape_window(closure, tape, params, fixed, rows)
         ct_ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in ct_y]
         ct = pull_window(closure, window, ct_carry, ct_ys, rows, keep_xs=False)
         x = pull_newest_x(closure, window, ct_carry, ct_y)

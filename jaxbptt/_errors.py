@@ -42,7 +42,7 @@ def not_a_prefix(window: Any, carry: TreeType) -> ValueError:
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Refuses an option that is not among `allowed`."""
     if value not in allowed:
-        choices = " or ".join(repr(a) for a in allowed)
+        choices = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
         raise ValueError(f"{name} must be {choices}, but got {value!r}.")
 
 

@@ -12,7 +12,7 @@ from jaxbptt._chain import pull_window
 from jaxbptt._closure import Closure, trace
 from jaxbptt._cotangents import Cotangents, given_ct_carry, given_ct_ys, with_float0
 from jaxbptt._tape import Settings, Tape
-from jaxbptt._types import PyTree, StepFn, type_of
+from jaxbptt._types import LeafType, PyTree, StepFn, type_of
 from jaxbptt._windows import Windows
 
 
@@ -58,7 +58,7 @@ class Recorder:
         closure = self._trace(params, carry, x)
         types = type_of(params), type_of(carry), type_of(x)
         settings = Settings(closure.window, self.windows, self.every, self.weights, *types)
-        return _tape.blank(carry, closure.slot, settings)
+        return _tape.blank(carry, self._slot(closure, carry, x), settings)
 
     def __call__(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
         """Runs one step and records it.
@@ -99,7 +99,8 @@ class Recorder:
 
         Args:
             params: with `weights="current"` the parameters to use for what depends on
-                parameters alone; with "stored" only their shapes count.
+                parameters alone, with "replayed" those to run the window with; with "stored"
+                only their shapes count.
             tape: the tape after the newest step.
             ct_ys: cotangents of the outputs of the last m steps, 1 ≤ m ≤ window: leaves
                 (m, *y.shape), oldest first; of y without aux if `has_aux`. Leaves of y
@@ -124,8 +125,8 @@ class Recorder:
         closure = self._resume(params, tape, x)
         rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
         lam = given_ct_carry(closure, tape.carry, ct_carry)
-        fixed = closure.derive(jax.tree.leaves(params))
-        window = tape_window(closure, tape, fixed, rows)
+        leaves = jax.tree.leaves(params)
+        window = tape_window(closure, tape, leaves, closure.derive(leaves), rows)
         ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
         missing = closure.window - window.steps
         xs = [jnp.pad(jnp.flip(v, 0), [(missing, 0)] + [(0, 0)] * (v.ndim - 1)) for v in ct.xs]
@@ -168,9 +169,13 @@ class Recorder:
             lead = f"{name} must be of the type that the tape was made for"
             _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
         closure = self._trace(params, tape.carry, x)
-        if closure.slot != _tape.layout(tape):
-            raise _errors.other_residuals(closure.slot, _tape.layout(tape))
+        slot, came = self._slot(closure, tape.carry, x), _tape.layout(tape)
+        if slot != came:
+            raise _errors.other_residuals(slot, came)
         return closure
+
+    def _slot(self, closure: Closure, carry: PyTree, x: PyTree) -> tuple[LeafType, ...]:
+        return type_of((carry, x)).leaves if self.weights == "replayed" else closure.slot
 
 
 def record(
@@ -203,7 +208,8 @@ def record(
         weights: whose parameters the recorded steps are differentiated at. "stored": each
             step's own (exact; they sit on the ring). "current": recorded activations with
             the caller's parameters now, for every value that depends on neither carry nor
-            x; none of these is on the ring.
+            x; none of these is on the ring. "replayed": the ring holds carries and inputs, and
+            the window is run again under the caller's parameters from the oldest carry there.
         has_aux: whether y is a pair `(y, aux)` whose second half is not differentiated.
 
     Returns:
@@ -211,7 +217,7 @@ def record(
 
     Raises:
         ValueError: `window` holds something else than positive ints, `every` is not one, or
-            `weights` is neither; from `init` on, `window` does not fit the carry.
+            `weights` is none of these; from `init` on, `window` does not fit the carry.
 
     Cost:
         `window` slots of residuals, whatever the length of the loop; for a gradient,
@@ -238,5 +244,5 @@ def record(
         raise _errors.not_callable(step)
     windows = Windows.of(window)
     _errors.positive_int("every", every)
-    _errors.one_of("weights", weights, ("stored", "current"))
+    _errors.one_of("weights", weights, ("stored", "current", "replayed"))
     return Recorder(step, windows, int(every), weights, bool(has_aux))

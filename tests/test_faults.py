@@ -113,7 +113,8 @@ def test_a_count_of_steps_is_not_traced(name):
 def test_weights_is_one_of_its_names(value):
     with pytest.raises(
         ValueError,
-        match=rf"^weights must be 'stored' or 'current', but got {re.escape(repr(value))}\.$",
+        match=r"^weights must be 'stored', 'current' or 'replayed', but got "
+        + re.escape(repr(value)),
     ):
         jaxbptt.record(step, window=3, weights=value)
 

@@ -432,7 +432,11 @@ def test_the_table_is_aligned_and_the_largest_comes_first():
         ({"step": 3}, ValueError, r"step must be a function step\(params, carry, x\)"),
         ({"window": 0}, ValueError, "window must be an int of at least 1 .* but got 0"),
         ({"window": 1.5}, ValueError, "window must be an int of at least 1 .* but got 1.5"),
-        ({"weights": "old"}, ValueError, "weights must be 'stored' or 'current', but got 'old'"),
+        (
+            {"weights": "old"},
+            ValueError,
+            "weights must be 'stored', 'current' or 'replayed', but got 'old'",
+        ),
         ({"x": "text"}, ValueError, "x must be an array or a number, but got 'text'"),
         ({"carry": {"h": "text"}}, ValueError, r"carry\['h'\] must be an array or a number"),
         ({"has_aux": True}, TypeError, r"step must return y as a pair \(y, aux\)"),
