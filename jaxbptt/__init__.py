@@ -17,6 +17,7 @@ A loop over single time steps with the gradient inside it; here it reaches back 
 from jaxbptt._check import check_step
 from jaxbptt._check_report import Finding, Report
 from jaxbptt._cotangents import Cotangents
+from jaxbptt._lags import ByLag, gradient_by_lag
 from jaxbptt._record import Recorder, record
 from jaxbptt._resets import with_resets
 from jaxbptt._scan import scan
@@ -24,6 +25,7 @@ from jaxbptt._tabulate import Table, tabulate
 from jaxbptt._tape import Tape
 
 __all__ = [
+    "ByLag",
     "Cotangents",
     "Finding",
     "Recorder",
@@ -31,6 +33,7 @@ __all__ = [
     "Table",
     "Tape",
     "check_step",
+    "gradient_by_lag",
     "record",
     "scan",
     "tabulate",

@@ -70,19 +70,78 @@ def pull_window(
         rows: how many of the newest steps have a ȳ; the older ones only pass λ on.
         keep_xs: whether x̄ is wanted.
     """
+    ct = WindowCotangents([], ct_carry, [])
+    for part in _segments(closure, window, ct_ys, rows):
+        ct = ct.then(_sweep(closure, window, part, ct.carry, keep_xs))
+    return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
+
+
+def by_lag(
+    closure: Closure,
+    window: Window,
+    ct_carry: list,
+    ct_ys: list,
+    rows: int,
+    of: Callable[[jax.Array], jax.Array],
+) -> tuple[list, list]:
+    """The terms of θ̄ and the λ that leave each lag's step, each put through `of`, stacked.
+
+    The arguments before `of` are those of `pull_window`.
+    """
+    lam, stacks = ct_carry, []
+    for part in _segments(closure, window, ct_ys, rows):
+        lam, of_lags = _terms(closure, window, part, lam, of)
+        stacks.append(of_lags)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """Lags that one program serves."""
+
+    program: str
+    start: int
+    stop: int
+    ct_ys: list  # each (stop - start, *y.shape), newest first; empty where there is no ȳ
+
+
+def _segments(closure: Closure, window: Window, ct_ys: list, rows: int) -> list[_Segment]:
     newest_first = [jnp.flip(leaf, 0) for leaf in ct_ys]
     # One loop is cheaper than two, where rows of zeros cost next to nothing.
     together = rows == window.steps or (closure.indifferent_to_y and not window.parts)
     if together:
         newest_first = [_padded(leaf, window.steps - rows) for leaf in newest_first]
     stops = sorted({window.steps, *window.parts} | (set() if together else {rows}))
-    ct = WindowCotangents([], ct_carry, [])
+    segments = []
     for start, stop in zip([0, *stops], stops, strict=False):
         with_y = together or start < rows
         name = name_of(with_y, closure.over_at(start, window.parts))
         ys = [leaf[start:stop] for leaf in newest_first] if with_y else []
-        ct = ct.then(_sweep(closure, window, name, start, stop, ct.carry, ys, keep_xs))
-    return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
+        segments.append(_Segment(name, start, stop, ys))
+    return segments
+
+
+def _terms(
+    closure: Closure, window: Window, part: _Segment, lam: list, of: Callable
+) -> tuple[list, tuple[list, list]]:
+    """One segment lag by lag: the last λ, and what `of` makes of θ̄'s terms and of each λ."""
+    split = closure.split(part.program, ("params", "carry"), weights=False)
+    kinds, over = closure.cotangents, closure.over[part.program]
+
+    def trip(lam: list, row: Any) -> tuple[list, tuple[list, list]]:
+        lag, ct_y = row
+        args = [*window.read(lag), *window.fixed, *lam, *ct_y]
+        outs, _, _ = split.one_lag(closure.consts[part.program], args)
+        live = lag < window.reach
+        n = len(kinds["params"])
+        params = [where_or_zero(live, v) for v in densify(outs[:n], kinds["params"])]
+        older = densify(outs[n:], kinds["carry"])
+        lam = _each(jnp.where, [live & (not o) for o in over], older, lam)
+        handed_on = [where_or_zero(live & (not o), v) for v, o in zip(lam, over, strict=True)]
+        return lam, ([of(v) for v in params], [of(v) for v in handed_on])
+
+    lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
+    return lax.scan(trip, lam, (lags, part.ct_ys))
 
 
 def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:
@@ -93,16 +152,10 @@ def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) 
 
 
 def _sweep(
-    closure: Closure,
-    window: Window,
-    program: str,
-    start: int,
-    stop: int,
-    lam: list,
-    ct_ys: list,
-    keep_xs: bool,
+    closure: Closure, window: Window, part: _Segment, lam: list, keep_xs: bool
 ) -> WindowCotangents:
-    """The lags from `start` to `stop` in one loop, then the contractions over them."""
+    """The lags of a segment in one loop, then the contractions over them."""
+    program = part.program
     split = closure.split(program, ("carry", "x") if keep_xs else ("carry",))
     consts = closure.consts[program]
     kinds = closure.cotangents
@@ -122,8 +175,8 @@ def _sweep(
         kept = [where_or_zero(live, v) for v in (*xs, *emitted)]
         return (lam, split.add(sums, terms, live)), (kept[: len(xs)], kept[len(xs) :])
 
-    lags = jnp.arange(start, stop, dtype=jnp.int32)
-    (lam, sums), (xs, emitted) = lax.scan(trip, (lam, split.zero_sums()), (lags, ct_ys))
+    lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
+    (lam, sums), (xs, emitted) = lax.scan(trip, (lam, split.zero_sums()), (lags, part.ct_ys))
     unvaried = closure.unvaried(split, window.fixed)
     weights = split.finish(consts, unvaried, split.contract(emitted), sums)
     return WindowCotangents(weights, lam, xs)

@@ -120,6 +120,14 @@ def is_tape(value: Any, tape_class: type) -> None:
         )
 
 
+def not_a_recorder(value: Any) -> ValueError:
+    """The error for something else where the recorder belongs."""
+    return ValueError(
+        f"recorder must be what jaxbptt.record returned, but got {_kind(value)}. "
+        "Wrap the step: jaxbptt.record(step, window=...)."
+    )
+
+
 def no_tape(name: str, value: Any, tape_class: type) -> None:
     """Refuses a tape where params, a carry or x belongs."""
     if isinstance(value, tape_class):

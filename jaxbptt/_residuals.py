@@ -108,7 +108,7 @@ def _without_cheap(jaxpr: core.Jaxpr, residuals: list) -> tuple[list, list[core.
     and of parameters stays as it was recorded.
     """
     order = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
-    maker = {e.outvars[0]: e for e in jaxpr.eqns if e.primitive.name in _CHEAP and not e.effects}
+    maker = {e.outvars[0]: e for e in jaxpr.eqns if _is_cheap(e) and not e.effects}
     kept = dict.fromkeys(residuals)
     eqns: dict[int, core.JaxprEqn] = {}
     # The last first: nothing left out is ever needed by what is looked at after it.
@@ -118,6 +118,13 @@ def _without_cheap(jaxpr: core.Jaxpr, residuals: list) -> tuple[list, list[core.
             del kept[v]
             eqns.update({order[e.outvars[0]]: e for e in found})
     return list(kept), [eqns[i] for i in sorted(eqns)]
+
+
+def _is_cheap(eqn: core.JaxprEqn) -> bool:
+    # On a mesh JAX reshards the constant of a derivative, so that slots would differ there.
+    out: Any = eqn.outvars[0] if eqn.outvars else None
+    scalar = eqn.primitive.name == "reshard" and out.aval.size == 1
+    return scalar or eqn.primitive.name in _CHEAP
 
 
 def _from_others(v: Any, kept: dict, maker: dict) -> list[core.JaxprEqn] | None:

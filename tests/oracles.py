@@ -128,6 +128,24 @@ class Run:
             ct_ys: list of cotangents of the last outputs, oldest first.
             ct_carry: cotangent of the newest carry, or None.
         """
+        ct_thetas, probes, ct_xs, oldest, first = self._terms(newest, oldest, ct_ys, ct_carry)
+        return Expected(
+            [np.sum(np.stack(leaves), 0) for leaves in zip(*ct_thetas, strict=True)],
+            [probes[o - 1][i] for i, o in enumerate(oldest)],
+            [np.stack(leaves)[first - 1 : newest] for leaves in zip(*ct_xs, strict=True)],
+        )
+
+    def by_lag(self, newest, oldest, ct_ys, ct_carry=None) -> tuple[list, list]:
+        """Of each lag, its share of the parameters' gradient and the λ that leaves its step."""
+        ct_thetas, probes, _, oldest, first = self._terms(newest, oldest, ct_ys, ct_carry)
+        steps = range(newest, first - 1, -1)
+        lams = [
+            [v if s >= o else np.zeros_like(v) for v, o in zip(probes[s - 1], oldest, strict=True)]
+            for s in steps
+        ]
+        return [ct_thetas[s - 1] for s in steps], lams
+
+    def _terms(self, newest, oldest, ct_ys, ct_carry):
         carries, ys = self.trajectory
         no_y, no_carry = _zeros(ys[0]), _zeros(carries[0])
         rows = [no_y] * self.length
@@ -144,11 +162,7 @@ class Run:
         ct_thetas, probes, ct_xs = _unrolled(
             self.step, self.thetas, self.carry, self.xs, cut, rows, lams
         )
-        return Expected(
-            [np.sum(np.stack(leaves), 0) for leaves in zip(*ct_thetas, strict=True)],
-            [probes[o - 1][i] for i, o in enumerate(oldest)],
-            [np.stack(leaves)[first - 1 : newest] for leaves in zip(*ct_xs, strict=True)],
-        )
+        return ct_thetas, probes, ct_xs, oldest, first
 
     def whole(self, window, every, ct_ys, ct_carry) -> Expected:
         """The whole run, each group of outputs on its own: what `scan` sends back.

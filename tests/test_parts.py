@@ -49,8 +49,11 @@ def of_moving(window):
     return [window["fast"], slow[0] if isinstance(slow, tuple) else slow]
 
 
-@pytest.mark.parametrize("weights", ["stored", "current"])
-@pytest.mark.parametrize("window", PREFIXES, ids=str)
+@pytest.mark.parametrize(
+    ("window", "weights"),
+    [(window, "stored") for window in PREFIXES] + [(PREFIXES[0], "current")],
+    ids=str,
+)
 def test_record_at_every_step(window, weights):
     thetas = drifting(PARAMS, LENGTH) if weights == "stored" else [PARAMS] * LENGTH
     run = oracles.Run(step, thetas, CARRY, XS, LENGTH)
@@ -78,7 +81,7 @@ def test_record_at_every_step(window, weights):
 
 
 @pytest.mark.parametrize("every", [2, 4])
-@pytest.mark.parametrize("window", PREFIXES, ids=str)
+@pytest.mark.parametrize("window", PREFIXES[::2], ids=str)
 def test_record_in_groups(window, every):
     def loss_step(p, c, x):
         c, y = step(p, c, x)
@@ -96,6 +99,7 @@ def test_record_in_groups(window, every):
 
         return jax.grad(loss, has_aux=True)(PARAMS)
 
+    pull = jax.jit(functools.partial(rec.pullback, PARAMS))
     tape = rec.init(PARAMS, CARRY, XS[0])
     for t in range(1, LENGTH + 1):
         grad, tape = one(tape, XS[t - 1])
@@ -106,7 +110,7 @@ def test_record_in_groups(window, every):
         for m in range(1, min(t, max(of_moving(window))) + 1):
             oldest = [reach(t, w, every, m) for w in of_moving(window)]
             want = run.unrolled(t, oldest, [jnp.ones(())] * m)
-            ct = rec.pullback(PARAMS, tape, jnp.ones(m))
+            ct = pull(tape, jnp.ones(m))
             check_cotangents("parts, m outputs", ct, want, 1e-12)
 
 
@@ -196,3 +200,54 @@ def test_a_recorder_with_windows_can_be_jitted():
     rec = jaxbptt.record(step, window={"fast": 2, "slow": 4})
     tape, _ = jax.jit(rec)(PARAMS, rec.init(PARAMS, CARRY, XS[0]), XS[0])
     assert tape.length == 1
+
+
+def test_recorders_of_separate_modules_under_one_gradient():
+    """An encoder without memory, a fast cell with 2, a slow one with 4, and a head.
+
+    Through time gradient flows within each recorder only. In the graph below, at the present
+    step all edges are there; at older steps a cell's input is cut, for it was an input of its
+    recorder, and so is the carry that entered the oldest step of its window.
+    """
+
+    def cell(p, h, x):
+        h = jnp.tanh(h @ p["w"] + x @ p["u"])
+        return h, h
+
+    params = {
+        "encoder": normal(1, float, 3, 4),
+        "fast": {"w": normal(2, float, 4, 4), "u": normal(3, float, 4, 4)},
+        "slow": {"w": normal(4, float, 2, 2), "u": normal(5, float, 4, 2)},
+        "head": normal(6, float, 2, 3),
+    }
+    h_fast, h_slow = normal(7, float, 2, 4), normal(8, float, 2, 2)
+    fast, slow = jaxbptt.record(cell, window=2), jaxbptt.record(cell, window=4)
+
+    @jax.jit
+    def one(tapes, x):
+        def loss(p):
+            a, y = fast(p["fast"], tapes[0], jnp.tanh(x @ p["encoder"]))
+            b, y = slow(p["slow"], tapes[1], y)
+            return jnp.sum((y @ p["head"]) ** 2), (a, b)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def unrolled(p, t):
+        """The loss of step t; `p` is where gradient flows, `params` where it does not."""
+        a, b = h_fast, h_slow
+        for s in range(1, t + 1):
+            now, in_fast, in_slow = s == t, s > t - 2, s > t - 4
+            e = jnp.tanh(XS[s - 1] @ (p if now else params)["encoder"])
+            a = a if in_fast and s - 1 > t - 2 else jax.lax.stop_gradient(a)
+            a, y = cell((p if in_fast else params)["fast"], a, e)
+            b = b if in_slow and s - 1 > t - 4 else jax.lax.stop_gradient(b)
+            b, y = cell(
+                (p if in_slow else params)["slow"], b, y if now else jax.lax.stop_gradient(y)
+            )
+        return jnp.sum((y @ p["head"]) ** 2)
+
+    x = jnp.tanh(XS[0] @ params["encoder"])
+    tapes = fast.init(params["fast"], h_fast, x), slow.init(params["slow"], h_slow, x)
+    for t in range(1, LENGTH + 1):
+        grad, tapes = one(tapes, XS[t - 1])
+        check("separate recorders", grad, jax.grad(unrolled)(params, t), 1e-12)

@@ -74,7 +74,7 @@ def worst(got, wanted):
 @pytest.mark.parametrize("every", [1, 2, 3, 8])
 @pytest.mark.parametrize("window", [1, 2, 3, 5, 9, 20])
 def test_every_relation_of_window_and_every(window, every, reverse, make):
-    for length in (1, 7):
+    for length in (7,) if reverse else (1, 7):
         out = 2 if make is with_head else 4
         p, init, xs = weights(), draw(4, 2, 4), draw(5, length, 2, 3)
         ct_ys, ct_carry = draw(6, length, 2, out), draw(7, 2, 4)

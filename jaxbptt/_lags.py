@@ -1,0 +1,109 @@
+"""`gradient_by_lag`: what each step of a window adds to a gradient, and the λ it hands on."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt import _errors
+from jaxbptt._avals import canonical, stand_in
+from jaxbptt._call import tape_window
+from jaxbptt._chain import by_lag
+from jaxbptt._cotangents import given_ct_carry, given_ct_ys, with_float0
+from jaxbptt._record import Recorder
+from jaxbptt._tape import Tape
+from jaxbptt._types import PyTree
+
+
+class ByLag(NamedTuple):
+    """What `gradient_by_lag` returns: leaves with an axis over the lags in front, lag 0 first.
+
+    Norms: float arrays (window,), one for each leaf. In full: arrays (window, *leaf.shape).
+    Zero at lags that nothing is recorded for, or that a part's own window does not reach.
+
+    Attributes:
+        params: of the contribution to each parameter's gradient; summed over the lags it is
+            the gradient.
+        carry: of λ as it leaves the step at this lag, the cotangent of the carry that entered
+            it (dhnext in a hand-written backward pass). At the last lag that is reached it
+            is `pullback`'s.
+    """
+
+    params: PyTree
+    carry: PyTree
+
+
+def gradient_by_lag(
+    recorder: Recorder,
+    params: PyTree,
+    tape: Tape,
+    ct_ys: PyTree,
+    ct_carry: PyTree = None,
+    *,
+    full: bool = False,
+) -> ByLag:
+    """Lays a gradient open by lag: how far back credit really flows.
+
+    The terms of the sum that `Recorder.pullback` gives, for k = 0 … window-1:
+
+        θ̄_k = (∂c_{t-k}/∂θ)ᵀ λ_{t-k} + (∂y_{t-k}/∂θ)ᵀ ȳ_{t-k}     and     λ_{t-k-1}
+
+    or their Euclidean norms, for which no more than one lag's terms are held at a time.
+
+    Args:
+        recorder: what `record` returned.
+        params: as for `pullback`.
+        tape: as for `pullback`.
+        ct_ys: as for `pullback`.
+        ct_carry: as for `pullback`.
+        full: whether to return the terms themselves: `window` copies of the parameters.
+
+    Returns:
+        `ByLag(params, carry)`; leaves that no gradient can flow through are float0 arrays
+        (window, *leaf.shape).
+
+    Raises:
+        ValueError: as for `pullback`.
+
+    Cost:
+        `window` pullbacks of the step, and an array of each parameter's size at each.
+
+    References:
+        Aicher, Foti & Fox, "Adaptively Truncating Backpropagation Through Time to Control
+        Gradient Bias", UAI 2019: the decay of ‖λ‖ with the lag bounds the bias.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbptt
+        >>> rec = jaxbptt.record(lambda w, c, x: (w * c + x, w * c + x), window=3)
+        >>> tape = rec.init(0.5, 0.0, 0.0)
+        >>> for x in (1.0, 0.0, 0.0, 0.0):
+        ...     tape, y = rec(0.5, tape, x)
+        >>> jaxbptt.gradient_by_lag(rec, 0.5, tape, jnp.ones(1)).carry.tolist()
+        [0.5, 0.25, 0.125]
+    """
+    if not isinstance(recorder, Recorder):
+        raise _errors.not_a_recorder(recorder)
+    _errors.is_tape(tape, Tape)
+    params, x = canonical(params, "params"), stand_in(tape._settings.x)
+    closure = recorder._resume(params, tape, x)
+    rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
+    lam = given_ct_carry(closure, tape.carry, ct_carry)
+    leaves = jax.tree.leaves(params)
+    window = tape_window(closure, tape, leaves, closure.derive(leaves), rows)
+    found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm)
+    missing = closure.window - window.steps
+    cts = [[jnp.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for v in vs] for vs in found]
+    masks = closure.masks["params"], closure.masks["carry"]
+    return ByLag(
+        *(
+            with_float0(mask, ct, primal, (closure.window,))
+            for mask, ct, primal in zip(masks, cts, (params, tape.carry), strict=True)
+        )
+    )
+
+
+def _norm(value: jax.Array) -> jax.Array:
+    value = jnp.abs(value)
+    if jnp.finfo(value.dtype).bits < 32:  # squares would overflow, and their sum lose digits
+        value = value.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(value * value))

@@ -1,0 +1,135 @@
+"""The gradient by lag against the unrolled graph, one copy of the parameters per step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import check, drifting, moving, random_like, reach
+from test_parts import CARRY, PARAMS, XS
+from test_parts import step as two_parts
+from zoo import ZOO
+
+import jaxbptt
+
+LENGTH = 6
+
+
+def recorded(rec, thetas, carry, xs, t):
+    tape = rec.init(thetas[0], carry, jax.tree.map(lambda v: v[0], xs))
+    go = jax.jit(rec)
+    for s in range(t):
+        tape, _ = go(thetas[s], tape, jax.tree.map(lambda v, s=s: v[s], xs))
+    return tape
+
+
+def with_axis(ct):
+    return jax.tree.map(
+        lambda v: (np if v.dtype == jax.dtypes.float0 else jnp).asarray(v)[None], ct
+    )
+
+
+@pytest.mark.parametrize("t", [2, 6])
+@pytest.mark.parametrize(
+    "name", ["tanh_rnn", "lstm", "nested_dict", "tokens", "no_params", "no_y", "stacked_layers"]
+)
+def test_each_lag(name, t):
+    case = ZOO[name](np.float64)
+    xs, thetas = case.xs(LENGTH), drifting(case.params, LENGTH)
+    run = oracles.Run(case.step, thetas, case.carry, xs, LENGTH)
+    carries, ys = run.trajectory
+    ct_y, ct_carry = random_like(ys[0], 1), random_like(carries[0], 2)
+    rec = jaxbptt.record(case.step, window=4)
+    tape = recorded(rec, thetas, case.carry, xs, t)
+    look = functools.partial(jaxbptt.gradient_by_lag, rec, thetas[-1], tape, with_axis(ct_y))
+    got, norms = (look(ct_carry, full=full) for full in (True, False))
+    params, lams = run.by_lag(t, reach(t, 4), [ct_y], ct_carry)
+
+    for lag in range(4):
+        here = [jax.tree.map(lambda v, lag=lag: v[lag], moving(part)) for part in got]
+        if lag < len(params):
+            check("by lag, params", here[0], params[lag], 1e-12)
+            check("by lag, carry", here[1], lams[lag], 1e-12)
+        else:
+            assert not any(np.any(v) for v in [*here[0], *here[1]])
+    for norm, whole in zip(moving(norms), moving(got), strict=True):
+        want = np.linalg.norm(np.asarray(whole).reshape(4, -1), axis=1)
+        np.testing.assert_allclose(norm, want, rtol=1e-13)
+    ct = rec.pullback(thetas[-1], tape, with_axis(ct_y), ct_carry)
+    check("by lag, summed", [v.sum(0) for v in moving(got.params)], moving(ct.params), 1e-14)
+    check("by lag, last", [v[min(t, 4) - 1] for v in moving(got.carry)], moving(ct.carry), 1e-14)
+
+
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_windows_for_parts_and_several_outputs(weights):
+    run = oracles.Run(two_parts, PARAMS, CARRY, XS, 8)
+    rec = jaxbptt.record(two_parts, window={"fast": 2, "slow": 5}, every=3, weights=weights)
+    tape = recorded(rec, run.thetas, CARRY, XS, 8)
+    ct_ys = [random_like(run.trajectory[1][0], s) for s in range(3)]
+    got = jaxbptt.gradient_by_lag(rec, PARAMS, tape, jnp.stack(ct_ys), full=True)
+    params, lams = run.by_lag(8, [reach(8, w, 3, 3) for w in (2, 5)], ct_ys)
+    for lag in range(5):
+        here = [jax.tree.map(lambda v, lag=lag: v[lag], moving(part)) for part in got]
+        check("by lag, parts", here[0], params[lag], 1e-12)
+        check("by lag, parts, carry", here[1], lams[lag], 1e-12)
+
+
+def test_dwhh_and_dhnext_of_a_hand_written_backward_pass():
+    """h_s = tanh(x_s + W h_{s-1}) and y = h: the loop of a textbook, in NumPy."""
+    w, h0 = np.array([[0.5, -0.3], [0.2, 0.7]]), np.array([0.1, -0.4])
+    xs = np.array([[0.3, 0.1], [-0.5, 0.2], [0.4, 0.9], [0.0, -0.7]])
+    hs = [h0]
+    for x in xs:
+        hs.append(np.tanh(x + w @ hs[-1]))
+    d_whh, d_hnext, ct = [], [], np.ones(2)
+    for s in (4, 3, 2):
+        raw = (1 - hs[s] ** 2) * ct
+        d_whh.append(np.outer(raw, hs[s - 1]))
+        ct = w.T @ raw
+        d_hnext.append(ct)
+
+    def step(w, h, x):
+        h = jnp.tanh(x + w @ h)
+        return h, h
+
+    rec = jaxbptt.record(step, window=3)
+    tape = recorded(rec, [jnp.asarray(w)] * 4, jnp.asarray(h0), jnp.asarray(xs), 4)
+    got = jaxbptt.gradient_by_lag(rec, jnp.asarray(w), tape, jnp.ones((1, 2)), full=True)
+    np.testing.assert_allclose(got.params, np.stack(d_whh), rtol=1e-13)
+    np.testing.assert_allclose(got.carry, np.stack(d_hnext), rtol=1e-13)
+
+
+def test_norms_hold_no_copies_of_the_parameters():
+    case = ZOO["lstm"](np.float64)
+    rec = jaxbptt.record(case.step, window=50)
+    tape = jax.eval_shape(rec.init, case.params, case.carry, case.x())
+    y = jax.eval_shape(case.step, case.params, case.carry, case.x())[1]
+
+    def look(tape, full):
+        ct_ys = jnp.ones((1, *y.shape))
+        return jaxbptt.gradient_by_lag(rec, case.params, tape, ct_ys, full=full)
+
+    def made(full):
+        return jax.jit(functools.partial(look, full=full)).lower(tape).as_text()
+
+    shape = "x".join(map(str, (50, *case.params["w"].shape)))
+    assert f"tensor<{shape}xf64>" in made(True)
+    # The tape itself has each step's own weights; the result has none.
+    results = jax.eval_shape(functools.partial(look, full=False), tape)
+    assert {leaf.shape for leaf in jax.tree.leaves(results)} == {(50,)}
+
+
+def test_what_is_wrong_is_said():
+    case = ZOO["tanh_rnn"](np.float64)
+    rec = jaxbptt.record(case.step, window=3)
+    tape = rec.init(case.params, case.carry, case.x())
+    with pytest.raises(
+        ValueError, match=r"^recorder must be what jaxbptt.record returned, but got"
+    ):
+        jaxbptt.gradient_by_lag(case.step, case.params, tape, jnp.ones((1, 2, 5)))
+    with pytest.raises(ValueError, match=r"^tape must be the Tape"):
+        jaxbptt.gradient_by_lag(rec, case.params, case.carry, jnp.ones((1, 2, 5)))
+    with pytest.raises(ValueError, match=r"^ct_ys must have a first axis over 1 to window=3"):
+        jaxbptt.gradient_by_lag(rec, case.params, tape, jnp.ones((4, 2, 5)))
