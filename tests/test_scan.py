@@ -224,6 +224,25 @@ def test_in_cond_while_jit_and_checkpoint():
 
 
 @pytest.mark.parametrize("window", [2, None])
+def test_donated_buffers_and_static_arguments(window):
+    def run(scan, p, init, xs, power, **how):
+        return jnp.sum(scan(bare(p), init, xs, **how)[1] ** power)
+
+    def update(p, init, xs, power):
+        grad = jax.grad(run, 1)(jaxbptt.scan, p, init, xs, power, window=window)
+        return jax.tree.map(lambda a, b: a - 0.1 * b, p, grad)
+
+    p, init, xs = weights(), draw(4, 2, 4), draw(5, 7, 2, 3)
+    p.pop("v")
+    wanted = [update(p, init, xs, power) for power in (2, 3)]
+    donating = jax.jit(update, static_argnums=3, donate_argnums=0)
+    for power, want in zip((2, 3), wanted, strict=True):
+        given = jax.tree.map(jnp.copy, p)
+        assert worst(donating(given, init, xs, power), want) < 1e-13
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
+@pytest.mark.parametrize("window", [2, None])
 def test_second_order(window):
     xs = draw(0, 5)
 

@@ -167,3 +167,43 @@ def test_what_is_recorded_twice_is_stacked_once():
     forward = next(eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "scan")
     shapes = [v.aval.shape for v in forward.outvars]
     assert shapes == [(4,), (9, 4), (9, 4)]  # the last carry; c and s of each step
+
+
+def arrays(jaxpr):
+    """The shapes of all values, those inside loops and calls included."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.shape for v in eqn.outvars)
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays(inner)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_no_array_of_steps_times_a_parameter(window):
+    """An embedding's scatter, a convolution and a broadcast scale, through jit and checkpoint."""
+    p = {"table": draw(0, 50, 6), "kernel": draw(1, 6, 6, 3), "scale": draw(2, 1, 6, 1)}
+    words = jnp.arange(9 * 2, dtype=jnp.int32).reshape(9, 2)
+
+    @jax.jit
+    @jax.checkpoint
+    def inner(p, c, x):
+        c = lax.conv_general_dilated(c, p["kernel"], (1,), "SAME")
+        return jnp.tanh(c * p["scale"] + p["table"][x][:, :, None])
+
+    def run(scan, p, **how):
+        def f(c, x):
+            c = inner(p, c, x)
+            return c, c
+
+        return jnp.sum(scan(f, draw(3, 2, 6, 5), words, **how)[1] ** 2)
+
+    grad = jax.grad(functools.partial(run, jaxbptt.scan, window=window))
+    shapes = set(arrays(jax.make_jaxpr(grad)(p).jaxpr))
+    for leaf in p.values():
+        assert not [s for s in shapes if s[:1] == (9,) and s[-leaf.ndim :] == leaf.shape]
+    if window is None:
+        want = jax.grad(functools.partial(run, lax.scan))(p)
+        assert worst(grad(p), want) < 1e-12
