@@ -21,7 +21,7 @@ from jaxbptt._chain import dense_weights, densify
 from jaxbptt._closure import Closure
 from jaxbptt._contract import Split, where_or_zero
 from jaxbptt._groups import Groups
-from jaxbptt._interpret import drop, merge, variables
+from jaxbptt._interpret import ZERO, drop, merge, variables
 from jaxbptt._stages import Stages, divide
 
 
@@ -137,8 +137,11 @@ class _Sweep:
             made = [total + v for total, v in zip(contracted, made, strict=True)]
         kinds = self.closure.cotangents["x"]
         marks = self.split.outs[len(self.split.outs) - len(kinds) :]
-        kinds = [kind.update(shape=(size, *kind.shape)) for kind in kinds]
-        return (lam, sums, made), densify(merge(later[:n], marks), kinds)
+        xs = [
+            jnp.broadcast_to(zeros(kind), (size, *kind.shape)) if v is ZERO else v
+            for v, kind in zip(merge(later[:n], marks), kinds, strict=True)
+        ]
+        return (lam, sums, made), xs
 
     def one_step(self, state: Any, row: Any) -> tuple[Any, list]:
         """One step backwards."""
