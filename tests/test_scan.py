@@ -290,6 +290,31 @@ def test_inside_shard_map_with_checked_axes(window):
     assert worst(jax.grad(sharded)(w, xs), jax.grad(alone)(w, xs)) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("window", [2, None])
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_a_batch_laid_over_devices(window, kind):
+    def loss(w, init, xs):
+        def f(c, x):
+            c = jnp.tanh(c @ w + x)
+            return c, jnp.sum(c**2)
+
+        return jnp.sum(jaxbptt.scan(f, init, xs, window=window)[1])
+
+    args = draw(0, 3, 3), draw(1, 8, 3), draw(2, 5, 8, 3)
+    want = jax.grad(loss, (0, 1, 2))(*args)
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    enter = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh
+    with enter(mesh):
+        specs = P(), P("i"), P(None, "i")
+        placed = [
+            jax.device_put(v, jax.sharding.NamedSharding(mesh, spec))
+            for v, spec in zip(args, specs, strict=True)
+        ]
+        got = jax.jit(jax.grad(loss, (0, 1, 2)))(*placed)
+    assert worst(got, want) < 1e-12
+
+
 def test_record_agrees_at_fixed_parameters():
     p, init, xs = weights(), draw(4, 2, 4), draw(5, 7, 2, 3)
 
