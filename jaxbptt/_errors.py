@@ -18,9 +18,12 @@ _KEEP_CARRY = (
 def positive_int(name: str, value: Any) -> None:
     """Refuses a `window` or `every` that is not a Python int of at least 1."""
     if isinstance(value, jax.core.Tracer):
+        remedy = f"Make it static, e.g. jax.jit(f, static_argnames='{name}')."
+        if "[" in name:  # in a container, which can't be static
+            remedy = "Close over a Python int."
         raise ValueError(
             f"{name} must be a Python int known when the loop is traced, but got the traced "
-            f"value {value}. Make it static, e.g. jax.jit(f, static_argnames='{name}')."
+            f"value {value}. {remedy}"
         )
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(

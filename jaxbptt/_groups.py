@@ -34,13 +34,15 @@ class Groups:
             windows: the window of each leaf of λ, at least one.
             every: how many outputs a group has.
         """
-        steps, window = max(length, 1), max(windows)
+        steps = max(length, 1)
+        windows = [min(w, steps + every - 1) for w in windows]  # no more is there to reach
+        window = max(windows)
         parts = tuple(windows) if len(set(windows)) > 1 else ()
         if not parts and window >= length + every - 1:
             return cls(length, steps, steps)
         if every >= steps:
             return cls(length, min(window, steps), steps, parts)
-        return cls(length, min(window, steps + every - 1), every, parts)
+        return cls(length, window, every, parts)
 
     @property
     def chains(self) -> int:

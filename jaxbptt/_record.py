@@ -221,8 +221,8 @@ def record(
 
     Cost:
         `window` slots of residuals, whatever the length of the loop; for a gradient,
-        `window` pullbacks of the step. The longest window counts; of a part whose window is
-        over nothing is computed.
+        `window` pullbacks of the step. The longest window of a part that gradients flow through
+        counts; of a part whose window is over nothing is computed.
 
     References:
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -245,4 +245,5 @@ def record(
     windows = Windows.of(window)
     _errors.positive_int("every", every)
     _errors.one_of("weights", weights, ("stored", "current", "replayed"))
-    return Recorder(step, windows, int(every), weights, bool(has_aux))
+    every = min(int(every), 2**31 - 1)  # a group that long never ends, nor does its counter wrap
+    return Recorder(step, windows, every, weights, bool(has_aux))

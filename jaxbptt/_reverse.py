@@ -206,6 +206,8 @@ def _chains_pull(closure: Closure, fixed: list) -> Callable[[list, list, jax.Arr
     alone = closure.split("pull_carry", ("carry",), weights=False)
 
     def pull_chains(values: list, lam: list, own: jax.Array) -> list:
+        if not lam:
+            return []  # there is no carry to follow, and nothing to batch over
         residuals, ct_y = [*values[:n], *fixed], values[n:]
 
         def pull(lam: list, ct_y: list) -> list:

@@ -91,7 +91,7 @@ def scan(
     if windows is not None:
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
         windows = Windows.of(by_leaf or windows.longest)
-        f = _unforwarded(f)
+        f = _unforwarded(f, ys_too=max(windows.steps) < every)
 
     def plain(init: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
         return lax.scan(f, init, xs, length=length, reverse=reverse, unroll=unroll)
@@ -114,11 +114,12 @@ def scan(
     return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in closed.jaxpr.outvars])
 
 
-def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]) -> Callable:
+def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], *, ys_too: bool) -> Callable:
     """The same step, with a carry that it returns as it came still an operation's result.
 
     `lax.scan` takes such a part of the carry out of the loop, as a parameter of all steps; but
-    what a window says of a carry is not what it says of a parameter.
+    what a window says of a carry is not what it says of a parameter. An x that is returned as
+    y goes around the loop; that matters where some outputs have no gradient (`ys_too`).
     """
 
     @functools.wraps(f)
@@ -126,12 +127,12 @@ def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]) -> Callab
         outs = f(carry, x)
         if not isinstance(outs, tuple | list) or len(outs) != 2:
             return outs  # lax.scan says what is wrong with it
-        came = {id(leaf) for leaf in jax.tree.leaves(carry)}
+        came = {id(leaf) for leaf in jax.tree.leaves((carry, x))}
 
         def one(leaf: Any) -> Any:
             return lax.optimization_barrier(leaf) if id(leaf) in came else leaf
 
-        return jax.tree.map(one, outs[0]), outs[1]
+        return jax.tree.map(one, outs[0]), jax.tree.map(one, outs[1]) if ys_too else outs[1]
 
     return step
 

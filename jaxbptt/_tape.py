@@ -22,7 +22,7 @@ from jaxbptt._windows import Windows
 class Settings:
     """What a tape is for: static, hashable, equal by value."""
 
-    window: int  # the longest: slots of the ring
+    window: int  # slots of the ring: the longest of a part that gradients flow through
     windows: Windows
     every: int
     weights: str

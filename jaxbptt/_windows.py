@@ -31,7 +31,7 @@ class Windows:
 
     @property
     def longest(self) -> int:
-        """The longest of the windows: how many slots a ring needs."""
+        """The longest of the windows."""
         return max(self.steps)
 
     def tree(self) -> PyTree:

@@ -189,6 +189,29 @@ def test_each_window_is_a_positive_int(bad):
         jaxbptt.scan(lambda c, x: (c, x), CARRY, XS, window={"fast": 2, "slow": bad})
 
 
+def test_a_part_of_all_steps_may_have_any_window():
+    def grad(slow):
+        return jax.grad(
+            lambda p: jnp.sum(
+                jaxbptt.scan(
+                    lambda c, x: step(p, c, x), CARRY, XS, window={"fast": 2, "slow": slow}
+                )[1]
+            )
+        )(PARAMS)
+
+    want = grad(LENGTH)
+    for slow in (100, 2**31 - 1, 2**32, 2**63 - 1):
+        jax.tree.map(np.testing.assert_array_equal, grad(slow), want)
+
+
+def test_a_traced_window_of_a_part_is_refused_with_a_remedy_that_works():
+    def run(slow):
+        return jaxbptt.record(step, window={"fast": 2, "slow": slow})
+
+    with pytest.raises(ValueError, match=r"^window\['slow'\] must be .* Close over a Python int"):
+        jax.jit(run)(3)
+
+
 def test_a_tape_made_with_other_windows_is_refused():
     tape = jaxbptt.record(step, window={"fast": 2, "slow": 9}).init(PARAMS, CARRY, XS[0])
     other = jaxbptt.record(step, window={"fast": 3, "slow": 9})

@@ -1,5 +1,6 @@
 """`scan` against an unrolled graph for each group, and against `lax.scan` where nothing is cut."""
 
+import functools
 import itertools
 
 import jax
@@ -240,6 +241,26 @@ def test_donated_buffers_and_static_arguments(window):
         given = jax.tree.map(jnp.copy, p)
         assert worst(donating(given, init, xs, power), want) < 1e-13
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
+@pytest.mark.parametrize("carry", [0, (), jax.random.key(0)], ids=["int", "none", "key"])
+def test_no_carry_that_gradients_flow_through(carry):
+    def run(scan, w, xs, **how):
+        return jnp.sum(scan(lambda c, x: (c, jnp.tanh(w @ x)), carry, xs, **how)[1])
+
+    w, xs = draw(0, 3, 3), draw(1, 6, 3)
+    for window, every in ((2, 1), (5, 2), (3, 3)):
+        ours = functools.partial(jaxbptt.scan, window=window, every=every)
+        got, want = (jax.grad(functools.partial(run, scan))(w, xs) for scan in (ours, lax.scan))
+        assert worst(got, want) < 1e-13
+
+
+def test_outputs_that_are_inputs_have_no_gradient_where_none_is_due():
+    for f in (lambda c, x: (0.5 * c + x, x), lambda c, x: (0.5 * c + x, x * 1.0)):
+        got = jax.grad(lambda xs, f=f: jnp.sum(jaxbptt.scan(f, 0.0, xs, window=1, every=3)[1]))(
+            jnp.ones(6)
+        )
+        assert got.tolist() == [0, 0, 1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("window", [2, None])
