@@ -57,8 +57,9 @@ def test_every_step_of_the_zoo(name):
     allowed = oracles.tolerance(case.params, case.carry, xs, inside)
     for window, every in RELATIONS[:: 1 if name in ("lstm", "nested_dict") else 3]:
         how = {"window": window, "every": every}
+        label = "zoo, bfloat16" if inside else "zoo"
         held_against_each_group(
-            "zoo", case.step, case.params, case.carry, xs, LENGTH, allowed, **how
+            label, case.step, case.params, case.carry, xs, LENGTH, allowed, **how
         )
 
 
