@@ -10,6 +10,7 @@ from jaxbptt import _errors, _tape
 from jaxbptt._avals import zeros
 from jaxbptt._chain import Window, pull_newest_x, pull_window
 from jaxbptt._closure import Closure, fill, pick
+from jaxbptt._cotangents import given_ct_carry, given_ct_ys
 from jaxbptt._replay import replayed
 from jaxbptt._tape import Tape
 from jaxbptt._types import PyTree, type_of
@@ -78,6 +79,16 @@ def tape_window(closure: Closure, tape: Tape, params: list, fixed: list, rows: i
     if tape._settings.weights == "replayed":
         read = replayed(closure, params, read, tape._settings.window, tape.length)
     return Window(read, fixed, steps, jnp.minimum(tape.length, steps), tuple(parts))
+
+
+def given_window(
+    closure: Closure, tape: Tape, params: PyTree, ct_ys: PyTree, ct_carry: PyTree
+) -> tuple[Window, list, list, int]:
+    """What checked cotangents from outside reach; c̄, ȳ by leaf, and the rows of ȳ."""
+    rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
+    lam = given_ct_carry(closure, tape.carry, ct_carry)
+    leaves = jax.tree.leaves(params)
+    return tape_window(closure, tape, leaves, closure.derive(leaves), rows), lam, ct_ys, rows
 
 
 def _pull_group(

@@ -110,7 +110,7 @@ def _segments(closure: Closure, window: Window, ct_ys: list, rows: int) -> list[
     # One loop is cheaper than two, where rows of zeros cost next to nothing.
     together = rows == window.steps or (closure.indifferent_to_y and not window.parts)
     if together:
-        newest_first = [_padded(leaf, window.steps - rows) for leaf in newest_first]
+        newest_first = [padded(leaf, window.steps - rows) for leaf in newest_first]
     stops = sorted({window.steps, *window.parts} | (set() if together else {rows}))
     segments = []
     for start, stop in zip([0, *stops], stops, strict=False):
@@ -192,7 +192,8 @@ def dense_weights(closure: Closure, values: list) -> list:
     return _each(lambda v, kind: _dense(v, kind).astype(kind.dtype), values, kinds)
 
 
-def _padded(leaf: jax.Array, rows: int) -> jax.Array:
+def padded(leaf: jax.Array, rows: int) -> jax.Array:
+    """The leaf with rows of zeros behind."""
     return jnp.pad(leaf, [(0, rows)] + [(0, 0)] * (leaf.ndim - 1)) if rows else leaf
 
 

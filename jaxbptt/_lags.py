@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors
 from jaxbptt._avals import canonical, stand_in
-from jaxbptt._call import tape_window
-from jaxbptt._chain import by_lag
-from jaxbptt._cotangents import given_ct_carry, given_ct_ys, with_float0
+from jaxbptt._call import given_window
+from jaxbptt._chain import by_lag, padded
+from jaxbptt._cotangents import with_float0
 from jaxbptt._record import Recorder
 from jaxbptt._tape import Tape
 from jaxbptt._types import PyTree
@@ -86,13 +86,9 @@ def gradient_by_lag(
     _errors.is_tape(tape, Tape)
     params, x = canonical(params, "params"), stand_in(tape._settings.x)
     closure = recorder._resume(params, tape, x)
-    rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
-    lam = given_ct_carry(closure, tape.carry, ct_carry)
-    leaves = jax.tree.leaves(params)
-    window = tape_window(closure, tape, leaves, closure.derive(leaves), rows)
+    window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
     found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm)
-    missing = closure.window - window.steps
-    cts = [[jnp.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for v in vs] for vs in found]
+    cts = [[padded(v, closure.window - window.steps) for v in vs] for vs in found]
     masks = closure.masks["params"], closure.masks["carry"]
     return ByLag(
         *(

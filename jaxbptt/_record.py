@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors, _tape
 from jaxbptt._avals import canonical, stand_in
-from jaxbptt._call import call, tape_window
-from jaxbptt._chain import pull_window
+from jaxbptt._call import call, given_window
+from jaxbptt._chain import padded, pull_window
 from jaxbptt._closure import Closure, trace
-from jaxbptt._cotangents import Cotangents, given_ct_carry, given_ct_ys, with_float0
+from jaxbptt._cotangents import Cotangents, with_float0
 from jaxbptt._tape import Settings, Tape
 from jaxbptt._types import LeafType, PyTree, StepFn, type_of
 from jaxbptt._windows import Windows
@@ -123,13 +123,9 @@ class Recorder:
         _errors.is_tape(tape, Tape)
         params, x = canonical(params, "params"), stand_in(tape._settings.x)
         closure = self._resume(params, tape, x)
-        rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
-        lam = given_ct_carry(closure, tape.carry, ct_carry)
-        leaves = jax.tree.leaves(params)
-        window = tape_window(closure, tape, leaves, closure.derive(leaves), rows)
+        window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
         ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
-        missing = closure.window - window.steps
-        xs = [jnp.pad(jnp.flip(v, 0), [(missing, 0)] + [(0, 0)] * (v.ndim - 1)) for v in ct.xs]
+        xs = [jnp.flip(padded(v, closure.window - window.steps), 0) for v in ct.xs]
         return Cotangents(
             with_float0(closure.masks["params"], closure.by_group(ct.weights)["params"], params),
             with_float0(closure.masks["carry"], ct.carry, tape.carry),

@@ -149,11 +149,14 @@ def _truncated(eqn: core.JaxprEqn, values: list, windows: Windows | None, every:
         return outs[:n_carry], outs[n_carry:]
 
     leaves = [like(v.aval) for v in body.jaxpr.invars[n_consts:]]
-    windows = windows or Windows.of(length + every)
+    # One window for the trace: here parts that are over are masked, not left out of a program.
+    one = Windows.of(1)
     closure = trace(
-        step, (), leaves[:n_carry], leaves[n_carry:], stored=False, has_aux=False, windows=windows
+        step, (), leaves[:n_carry], leaves[n_carry:], stored=False, has_aux=False, windows=one
     )
-    groups = Groups.of(length, closure.parts or [closure.window], every)
+    by_leaf = pick(closure.masks["carry"], windows.steps) if windows and n_carry else []
+    longest = windows.longest if windows else length + every
+    groups = Groups.of(length, by_leaf or [longest], every)
     return _call(closure, eqn, consts, init, xs, groups)
 
 
