@@ -27,7 +27,8 @@ class Row:
     Attributes:
         name: from `checkpoint_name`, else an input's key path, file and line, or the primitive.
         primitive: what made it, "" for an input.
-        source: path and line of the user's code that made it, "" where unknown.
+        source: path and line of the user's code that made it, "" where unknown. For a function
+            of JAX that was traced before, its first caller's on some versions.
         shape, dtype, nbytes: at one step.
         place: "ring": recorded at every step; "parameters": derived from them (or constants)
             alone; "made again": a few cheap elementwise operations make it of others.
