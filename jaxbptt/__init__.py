@@ -18,6 +18,7 @@ from jaxbptt._check import check_step
 from jaxbptt._check_report import Finding, Report
 from jaxbptt._cotangents import Cotangents
 from jaxbptt._lags import ByLag, gradient_by_lag
+from jaxbptt._random_window import RandomWindow, random_window
 from jaxbptt._record import Recorder, record
 from jaxbptt._resets import with_resets
 from jaxbptt._scan import scan
@@ -28,12 +29,14 @@ __all__ = [
     "ByLag",
     "Cotangents",
     "Finding",
+    "RandomWindow",
     "Recorder",
     "Report",
     "Table",
     "Tape",
     "check_step",
     "gradient_by_lag",
+    "random_window",
     "record",
     "scan",
     "tabulate",

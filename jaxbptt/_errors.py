@@ -31,6 +31,30 @@ def positive_int(name: str, value: Any) -> None:
         )
 
 
+def above_one(name: str, value: Any, what: str) -> None:
+    """Refuses what is not a number above 1, known when the loop is traced."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be a Python number, but got the traced value {value}.")
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 1:
+        raise ValueError(f"{name} must be a number above 1 ({what}), but got {value!r}.")
+
+
+def random_part(name: str) -> ValueError:
+    """The error for a random window where only a number of steps can be."""
+    return ValueError(
+        f"{name} must be an int, but got a random window, which only scan takes, as its whole "
+        "window: the cuts are drawn for a whole run and for all parts of the carry at once."
+    )
+
+
+def random_groups(every: int) -> ValueError:
+    """The error for a random window with groups of outputs."""
+    return ValueError(
+        f"every must be 1 with a random window, but got {every}: all outputs send their "
+        "cotangents back through the same random cuts. Leave every out."
+    )
+
+
 def not_a_prefix(window: Any, carry: TreeType) -> ValueError:
     """The error for a window whose containers are not those of the carry."""
     shown = [f"window{keystr(path)}: {steps}" for path, steps in tree_flatten_with_path(window)[0]]

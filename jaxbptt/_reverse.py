@@ -22,6 +22,7 @@ from jaxbptt._closure import Closure
 from jaxbptt._contract import Split, where_or_zero
 from jaxbptt._groups import Groups
 from jaxbptt._interpret import ZERO, drop, merge, variables
+from jaxbptt._random_window import times
 from jaxbptt._stages import Stages, divide
 
 
@@ -33,12 +34,15 @@ class Run:
         stacks: the recorded residuals, each (length, *residual.shape).
         fixed: the residuals that are the same at all steps.
         groups: which outputs reach which steps.
+        factors: what λ is multiplied by as it enters each step, in the order of the steps, or
+            None. Only where one chain reaches all steps.
         reverse: whether step 1 is the last row of the stacks.
     """
 
     stacks: list
     fixed: list
     groups: Groups
+    factors: jax.Array | None
     reverse: bool
 
     def reached(self, places: jax.Array) -> jax.Array:
@@ -148,6 +152,8 @@ class _Sweep:
         (lam, sums), (place, early) = state, row
         groups, step, values = self.run.groups, self.run.step(place), rows(self.stacks, place)
         lam = _entering(groups, step, lam)
+        if self.run.factors is not None:
+            lam = [times(self.run.factors[step - 1], v) for v in lam]
         total = [jnp.sum(v, 0) for v in lam] if self.pull_chains else lam
         outs, cut = self.stages.trip(self.env, total, values, early)
         n = len(outs) - len(self.split.terms)

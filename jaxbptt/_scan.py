@@ -14,6 +14,7 @@ from jaxbptt._closure import Closure, fill, pick, trace
 from jaxbptt._forward import record_run
 from jaxbptt._groups import Groups
 from jaxbptt._interpret import bind, scan_counts
+from jaxbptt._random_window import RandomWindow
 from jaxbptt._reverse import Run, pull_run
 from jaxbptt._types import PyTree, type_of
 from jaxbptt._windows import Windows
@@ -56,7 +57,8 @@ def scan(
         unroll: how many steps one trip of the compiled forward loop has, as in `lax.scan`.
         window: how many steps a cotangent reaches back, the present one included; None for
             all: full backpropagation through time. Or ints in the containers of the carry,
-            or of its outer part: a window for each part.
+            or of its outer part: a window for each part. Or a `random_window`, whose cuts are
+            drawn, and compensated so that the gradient is unbiased.
         every: after how many steps cotangents start. `window == every` is truncation by
             chunks, 1 the sliding window.
 
@@ -65,7 +67,7 @@ def scan(
 
     Raises:
         ValueError: `window` is neither None nor a positive int nor such ints in containers
-            that fit the carry, or `every` is not a positive int.
+            that fit the carry, or `every` is not a positive int, or above 1 with a random window.
         TypeError: whatever `lax.scan` refuses.
 
     Cost:
@@ -85,13 +87,17 @@ def scan(
         >>> float(jax.grad(loss)(0.5))  # c_3 + w c_2, without the w² c_1 of full BPTT
         5.5
     """
-    windows = None if window is None else Windows.of(window)
+    drawn = window if isinstance(window, RandomWindow) else None
+    windows = None if window is None or drawn else Windows.of(window)
     _errors.positive_int("every", every)
+    if drawn and every > 1:
+        raise _errors.random_groups(every)
     _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
     if windows is not None:
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
         windows = Windows.of(by_leaf or windows.longest)
-        f = _unforwarded(f, ys_too=max(windows.steps) < every)
+    if windows or drawn:
+        f = _unforwarded(f, ys_too=bool(windows) and max(windows.steps) < every)
 
     def plain(init: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
         return lax.scan(f, init, xs, length=length, reverse=reverse, unroll=unroll)
@@ -109,7 +115,8 @@ def scan(
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         is_loop = eqn.primitive.name == "scan"
-        outs = _truncated(eqn, values, windows, every) if is_loop else bind(eqn, values)
+        cut = windows, every, drawn
+        outs = _truncated(eqn, values, *cut) if is_loop else bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
     return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in closed.jaxpr.outvars])
 
@@ -137,7 +144,13 @@ def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], *, ys_too
     return step
 
 
-def _truncated(eqn: core.JaxprEqn, values: list, windows: Windows | None, every: int) -> list:
+def _truncated(
+    eqn: core.JaxprEqn,
+    values: list,
+    windows: Windows | None,
+    every: int,
+    drawn: RandomWindow | None,
+) -> list:
     """The equation of a scan, with a derivative of its own; no windows: nothing is cut off."""
     body, length = eqn.params["jaxpr"], eqn.params["length"]
     n_consts, n_carry = scan_counts(eqn)
@@ -157,11 +170,18 @@ def _truncated(eqn: core.JaxprEqn, values: list, windows: Windows | None, every:
     by_leaf = pick(closure.masks["carry"], windows.steps) if windows and n_carry else []
     longest = windows.longest if windows else length + every
     groups = Groups.of(length, by_leaf or [longest], every)
-    return _call(closure, eqn, consts, init, xs, groups)
+    factors = drawn and drawn.factors(length)
+    return _call(closure, eqn, consts, init, xs, groups, factors)
 
 
 def _call(
-    closure: Closure, eqn: core.JaxprEqn, consts: list, init: list, xs: list, groups: Groups
+    closure: Closure,
+    eqn: core.JaxprEqn,
+    consts: list,
+    init: list,
+    xs: list,
+    groups: Groups,
+    factors: jax.Array | None,
 ) -> list:
     """Every array is an argument of the `custom_vjp`: one only closed over gets no gradient."""
     masks, reverse, n = closure.masks, eqn.params["reverse"], len(init)
@@ -171,11 +191,15 @@ def _call(
     programs = {name: value for name, value in closure.consts.items() if name != "hoisted"}
 
     @jax.custom_vjp
-    def run(moving: Leaves, still: Leaves, programs: Leaves, consts: list) -> list:
+    def run(
+        moving: Leaves, still: Leaves, programs: Leaves, consts: list, _: jax.Array | None
+    ) -> list:
         args = {g: fill(masks[g], moving[g], still[g]) for g in _GROUPS}
         return bind(eqn, [*consts, *args["carry"], *args["x"]])
 
-    def forward(moving: Leaves, still: Leaves, programs: Leaves, consts: list) -> tuple[list, Any]:
+    def forward(
+        moving: Leaves, still: Leaves, programs: Leaves, consts: list, factors: jax.Array | None
+    ) -> tuple[list, Any]:
         args = {g: fill(masks[g], moving[g], still[g]) for g in _GROUPS}
         bound = closure.bind(programs | {"hoisted": args["hoisted"]})
         carry, ys, stacks = record_run(
@@ -186,15 +210,15 @@ def _call(
             reverse=reverse,
             unroll=eqn.params["unroll"],
         )
-        return [*carry, *ys], (stacks, bound.derive([]), programs)
+        return [*carry, *ys], (stacks, bound.derive([]), programs, factors)
 
-    def backward(saved: Any, cts: list) -> tuple[Leaves, None, None, None]:
-        stacks, fixed, programs = saved
+    def backward(saved: Any, cts: list) -> tuple[Leaves, None, None, None, None]:
+        stacks, fixed, programs, factors = saved
         ct_carry, ct_ys = pick(masks["carry"], cts[:n]), pick(masks["y"], cts[n:])
-        recorded = Run(stacks, fixed, groups, reverse)
+        recorded = Run(stacks, fixed, groups, factors, reverse)
         weights, carry, xs = pull_run(closure.bind(programs), recorded, ct_carry, ct_ys)
         hoisted = closure.by_group(weights)["hoisted"]
-        return {"hoisted": hoisted, "carry": carry, "x": xs}, None, None, None
+        return {"hoisted": hoisted, "carry": carry, "x": xs}, None, None, None, None
 
     run.defvjp(forward, backward)
-    return run(moving, still, programs, consts)
+    return run(moving, still, programs, consts, factors)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from jaxbptt import _errors
+from jaxbptt._random_window import RandomWindow
 from jaxbptt._types import PyTree, TreeType
 
 
@@ -22,10 +23,12 @@ class Windows:
         Raises:
             ValueError: one of its leaves is not a positive int.
         """
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(window, is_leaf=lambda v: v is None)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(window, is_leaf=_is_leaf)
         if not leaves:
             _errors.positive_int("window", window)
         for path, steps in leaves:
+            if isinstance(steps, RandomWindow):
+                raise _errors.random_part("window" + jax.tree_util.keystr(path))
             _errors.positive_int("window" + jax.tree_util.keystr(path), steps)
         return cls(treedef, tuple(int(steps) for _, steps in leaves))
 
@@ -50,6 +53,10 @@ class Windows:
             raise _errors.not_a_prefix(self.tree(), carry) from cause
         sizes = [len(jax.tree.leaves(part)) for part in parts]
         return [w for w, n in zip(self.steps, sizes, strict=True) for _ in range(n)]
+
+
+def _is_leaf(value: PyTree) -> bool:
+    return value is None or isinstance(value, RandomWindow)
 
 
 def within(window: int, rows: int, every: int) -> int:
