@@ -148,8 +148,8 @@ def trace(
     """
     flow, outputs = trace_step(step, params, carry, x, has_aux)
     groups = dict(zip(_INPUTS, map(jax.tree.leaves, (flow.consts, params, carry, x)), strict=True))
-    masks = {name: _differentiable(leaves) for name, leaves in groups.items()}
-    masks["y"] = _differentiable(jax.tree.leaves(outputs.tree()[1]))
+    masks = {name: differentiable(leaves) for name, leaves in groups.items()}
+    masks["y"] = differentiable(jax.tree.leaves(outputs.tree()[1]))
     found: list = []
 
     def record(*leaves: Any) -> list:
@@ -196,7 +196,8 @@ def fill(mask: Sequence[bool], true: Iterable, false: Iterable) -> list:
     return [next(true) if m else next(false) for m in mask]
 
 
-def _differentiable(leaves: Iterable) -> Mask:
+def differentiable(leaves: Iterable) -> Mask:
+    """Which leaves gradients can flow through."""
     return tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
 
 

@@ -16,8 +16,8 @@ class Groups:
     """Groups of `every` outputs over `length` steps, each reaching back over a window.
 
     Going backwards, a group's chain is alive from the group's end to its reach. As many
-    as `chains` are alive at once; a group has the slot `group % chains`, for by the time
-    that a slot's next group starts the one before is over.
+    as `chains` are alive at once. The age of a chain at a step counts the groups from the
+    step's own to the chain's.
     """
 
     length: int
@@ -31,11 +31,11 @@ class Groups:
 
         Args:
             length: how many steps there are.
-            windows: the window of each leaf of λ, at least one.
+            windows: the window of each leaf of λ, at least one, none longer than
+                length + every - 1.
             every: how many outputs a group has.
         """
         steps = max(length, 1)
-        windows = [min(w, steps + every - 1) for w in windows]  # no more is there to reach
         window = max(windows)
         parts = tuple(windows) if len(set(windows)) > 1 else ()
         if not parts and window >= length + every - 1:
@@ -47,7 +47,11 @@ class Groups:
     @property
     def chains(self) -> int:
         """How many chains are alive at once, at most."""
-        return max(1, -(-self.window // self.every))
+        return self.chains_of(self.window)
+
+    def chains_of(self, window: int) -> int:
+        """The same for leaves of λ with this window."""
+        return max(1, -(-window // self.every))
 
     @property
     def whole(self) -> bool:
@@ -64,21 +68,16 @@ class Groups:
         return (step % self.every == 0) & (step < self.length)
 
     def own(self, step: Any) -> jax.Array:
-        """For each slot, whether it is that of this step's own group: bool (chains,)."""
-        return jnp.arange(self.chains, dtype=jnp.int32) == (step - 1) // self.every % self.chains
+        """The number of a step's own group."""
+        return (step - 1) // self.every
 
-    def alive(self, step: Any) -> jax.Array:
-        """For each slot, whether its chain reaches this step: bool (chains,)."""
-        return self._reaching(step, self.window)
+    def reached(self, step: Any) -> jax.Array:
+        """Whether the chain of a step's own group reaches it."""
+        return self.alive(step, 0, self.window)
 
-    def parts_alive(self, step: Any) -> list[jax.Array]:
-        """The same for each leaf of λ, a list of one where they have one window."""
-        return [self._reaching(step, window) for window in self.parts or (self.window,)]
-
-    def _reaching(self, step: Any, window: int) -> jax.Array:
-        group = (step - 1) // self.every
-        group += (jnp.arange(self.chains, dtype=jnp.int32) - group) % self.chains
-        first = group * self.every + 1
+    def alive(self, step: Any, age: Any, window: int) -> jax.Array:
+        """Whether a chain of this age and window reaches a step."""
+        first = (self.own(step) + age) * self.every + 1
         end = jnp.minimum(first + (self.every - 1), self.length)
         reach = jnp.maximum(first - max(window - self.every, 0), end - (window - 1))
         return (first <= self.length) & (reach <= step)

@@ -10,7 +10,7 @@ from jax.extend import core
 
 from jaxbptt import _errors
 from jaxbptt._avals import like
-from jaxbptt._closure import Closure, fill, pick, trace
+from jaxbptt._closure import Closure, differentiable, fill, pick, trace
 from jaxbptt._forward import record_run
 from jaxbptt._groups import Groups
 from jaxbptt._interpret import bind, scan_counts
@@ -72,8 +72,8 @@ def scan(
 
     Cost:
         In reverse mode the residuals of `length` steps, and for each step one pullback plus,
-        where window > every, ceil(window / every) pullbacks of the carry, batched; the longest
-        window counts.
+        where window > every, ceil(window / every) pullbacks of the carry, batched. With a window
+        for each part these are pullbacks of the parts that are not over yet.
 
     References:
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -162,14 +162,14 @@ def _truncated(
         return outs[:n_carry], outs[n_carry:]
 
     leaves = [like(v.aval) for v in body.jaxpr.invars[n_consts:]]
-    # One window for the trace: here parts that are over are masked, not left out of a program.
-    one = Windows.of(1)
-    closure = trace(
-        step, (), leaves[:n_carry], leaves[n_carry:], stored=False, has_aux=False, windows=one
-    )
-    by_leaf = pick(closure.masks["carry"], windows.steps) if windows and n_carry else []
-    longest = windows.longest if windows else length + every
-    groups = Groups.of(length, by_leaf or [longest], every)
+    carry, x = leaves[:n_carry], leaves[n_carry:]
+    most = max(length, 1) + every - 1  # there are no more steps to reach
+    steps = [min(w, most) for w in windows.steps] if windows else [most]
+    by_leaf = pick(differentiable(carry), steps) if windows and n_carry else []
+    groups = Groups.of(length, by_leaf or [max(steps)], every)
+    # Of a single chain the parts that are over are masked, not left out of a program.
+    parts = Windows.of(steps if groups.parts and groups.chains > 1 else 1)
+    closure = trace(step, (), carry, x, stored=False, has_aux=False, windows=parts)
     factors = drawn and drawn.factors(length)
     return _call(closure, eqn, consts, init, xs, groups, factors)
 

@@ -274,3 +274,22 @@ def test_recorders_of_separate_modules_under_one_gradient():
     for t in range(1, LENGTH + 1):
         grad, tapes = one(tapes, XS[t - 1])
         check("separate recorders", grad, jax.grad(unrolled)(params, t), 1e-12)
+
+
+def test_scan_does_not_compute_with_parts_that_are_over():
+    w, u = jnp.ones((64, 64)), jnp.ones((64, 2))
+
+    def step(carry, x):
+        fast = jnp.tanh(carry["fast"] @ w + (carry["slow"] + x) @ u.T)
+        return {"fast": fast, "slow": 0.9 * carry["slow"] + fast @ u}, fast.sum()
+
+    def flops(window):
+        def loss(carry):
+            return jaxbptt.scan(step, carry, jnp.ones((40, 1, 2)), window=window)[1].sum()
+
+        init = {"fast": jnp.zeros((1, 64)), "slow": jnp.zeros((1, 2))}
+        return jax.jit(jax.grad(loss)).lower(init).compile().cost_analysis()["flops"]
+
+    short, parts, long = (flops(window) for window in (2, {"fast": 2, "slow": 30}, 30))
+    # The products with w are for `fast` alone; those with u, which go on, are 1/32 of them.
+    assert parts - short < (long - short) / 8
