@@ -16,8 +16,14 @@ A loop over single time steps with the gradient inside it; here it reaches back 
 
 from jaxbptt._check import check_step
 from jaxbptt._check_report import Finding, Report
+from jaxbptt._checkpoints import Checkpoints, checkpoints
 from jaxbptt._cotangents import Cotangents
+from jaxbptt._decay import Decay, fit_decay
+from jaxbptt._flax import from_linen, from_nnx
 from jaxbptt._lags import ByLag, gradient_by_lag
+from jaxbptt._learner import Learner, learner
+from jaxbptt._learner_state import LearnerState, Metrics
+from jaxbptt._plot import plot_by_lag
 from jaxbptt._random_window import RandomWindow, random_window
 from jaxbptt._record import Recorder, record
 from jaxbptt._resets import with_resets
@@ -27,15 +33,26 @@ from jaxbptt._tape import Tape
 
 __all__ = [
     "ByLag",
+    "Checkpoints",
     "Cotangents",
+    "Decay",
     "Finding",
+    "Learner",
+    "LearnerState",
+    "Metrics",
     "RandomWindow",
     "Recorder",
     "Report",
     "Table",
     "Tape",
     "check_step",
+    "checkpoints",
+    "fit_decay",
+    "from_linen",
+    "from_nnx",
     "gradient_by_lag",
+    "learner",
+    "plot_by_lag",
     "random_window",
     "record",
     "scan",

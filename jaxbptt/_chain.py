@@ -83,16 +83,24 @@ def by_lag(
     ct_ys: list,
     rows: int,
     of: Callable[[jax.Array], jax.Array],
-) -> tuple[list, list]:
-    """The terms of θ̄ and the λ that leave each lag's step, each put through `of`, stacked.
+    of_sum: Callable[[jax.Array], jax.Array],
+) -> tuple[list, list, list]:
+    """By lag, stacked: the terms of θ̄, the λ handed on, and the sums of the terms so far.
 
-    The arguments before `of` are those of `pull_window`.
+    Terms and λ are put through `of`, the sums through `of_sum`; the arguments before these
+    are those of `pull_window`.
     """
-    lam, stacks = ct_carry, []
+    sums = [zeros(k).astype(_wide(k.dtype)) for k in closure.cotangents["params"]]
+    state, stacks = (ct_carry, sums), []
     for part in _segments(closure, window, ct_ys, rows):
-        lam, of_lags = _terms(closure, window, part, lam, of)
+        state, of_lags = _terms(closure, window, part, state, of, of_sum)
         stacks.append(of_lags)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+
+
+def _wide(dtype: Any) -> Any:
+    """The type to add up in: float32 for the half precisions."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +130,19 @@ def _segments(closure: Closure, window: Window, ct_ys: list, rows: int) -> list[
 
 
 def _terms(
-    closure: Closure, window: Window, part: _Segment, lam: list, of: Callable
-) -> tuple[list, tuple[list, list]]:
-    """One segment lag by lag: the last λ, and what `of` makes of θ̄'s terms and of each λ."""
+    closure: Closure,
+    window: Window,
+    part: _Segment,
+    state: tuple[list, list],
+    of: Callable,
+    of_sum: Callable,
+) -> tuple[tuple[list, list], tuple[list, list, list]]:
+    """One segment of `by_lag`: the last λ and the sums, and what there is of each lag."""
     split = closure.split(part.program, ("params", "carry"), weights=False)
     kinds, over = closure.cotangents, closure.over[part.program]
 
-    def trip(lam: list, row: Any) -> tuple[list, tuple[list, list]]:
+    def trip(state: Any, row: Any) -> tuple[Any, Any]:
+        lam, sums = state
         lag, ct_y = row
         args = [*window.read(lag), *window.fixed, *lam, *ct_y]
         outs, _, _ = split.one_lag(closure.consts[part.program], args)
@@ -138,10 +152,12 @@ def _terms(
         older = densify(outs[n:], kinds["carry"])
         lam = _each(jnp.where, [live & (not o) for o in over], older, lam)
         handed_on = [where_or_zero(live & (not o), v) for v, o in zip(lam, over, strict=True)]
-        return lam, ([of(v) for v in params], [of(v) for v in handed_on])
+        sums = _each(lambda total, v: total + v.astype(total.dtype), sums, params)
+        found = [of(v) for v in params], [of(v) for v in handed_on], [of_sum(v) for v in sums]
+        return (lam, sums), found
 
     lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
-    return lax.scan(trip, lam, (lags, part.ct_ys))
+    return lax.scan(trip, state, (lags, part.ct_ys))
 
 
 def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:

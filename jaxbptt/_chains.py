@@ -55,7 +55,7 @@ class Chains:
         """
         if self.groups.whole:
             return lam
-        starts = self.groups.starts(step)
+        starts: Any = self.groups.starts(step)
         if self.groups.parts and not self.single:
             lam = [jnp.where(starts, _older(v), v) for v in lam]
             starts = False

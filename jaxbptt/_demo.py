@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ import numpy as np
 import optax
 
 from jaxbptt._demo_text import Symbols, UsageError
-from jaxbptt._record import record
-from jaxbptt._tape import Tape
+from jaxbptt._learner import Learner, learner
+from jaxbptt._learner_state import LearnerState, Metrics
 
 Params = dict[str, jax.Array]
 Carry = tuple[jax.Array, ...]  # each (batch, hidden); h first
@@ -21,7 +20,6 @@ Pair = tuple[jax.Array, jax.Array]
 
 CELLS = {"rnn": 1, "gru": 3, "lstm": 4}  # and how many times `hidden` their gates take
 BLOCK = 50  # steps in one call of compiled code; an interrupt waits for its end
-_NATS_PER_BIT = math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +83,10 @@ class Model:
     def losses(self, params: Params, carry: Carry, x: Pair) -> tuple[Carry, jax.Array]:
         """The next carry and each stream's loss in nats (batch,); x is input and target."""
         carry, logits = self.step(params, carry, x[0])
-        hit = jnp.take_along_axis(logits, x[1][:, None], axis=1)[:, 0]
-        return carry, jax.nn.logsumexp(logits, axis=1) - hit
+        return carry, cross_entropy(logits, x[1])
 
     def loss(self, params: Params, carry: Carry, x: Pair) -> tuple[Carry, jax.Array]:
-        """The next carry and the mean loss in nats: the step that is recorded."""
+        """The next carry and the mean loss in nats."""
         carry, losses = self.losses(params, carry, x)
         return carry, losses.mean()
 
@@ -108,12 +105,10 @@ class Model:
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
 
-class State(NamedTuple):
-    """What the compiled loop carries, donated to each block."""
-
-    params: Params
-    optimizer: optax.OptState
-    tape: Tape
+def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """Each stream's loss in nats (batch,)."""
+    hit = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=1) - hit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,83 +146,73 @@ def train(
         symbols: int32 (n,), the text to train on.
         settings: the settings.
         report: called after each block with its steps and bits per character.
-        stopped: asked before each block whether to leave off.
+        stopped: asked after each block whether to leave off.
 
     Raises:
         UsageError: the loss is no longer finite.
     """
-    state, block = _start(model, settings)
-    compiled: dict[int, Callable[..., tuple[State, jax.Array]]] = {}
-    text, curve, done, seconds = jnp.asarray(symbols), [], 0, 0.0
-    while done < settings.steps and not stopped():
-        steps = min(BLOCK, settings.steps - done)
-        times = np.asarray((done + np.arange(steps)) % len(symbols), np.int32)
-        if steps not in compiled:
-            compiled[steps] = jax.jit(block, donate_argnums=0).lower(state, text, times).compile()
-        begun = time.perf_counter()
-        state, loss = compiled[steps](state, text, times)
-        bits = float(loss) / _NATS_PER_BIT
-        seconds += time.perf_counter() - begun
-        done += steps
+    online = online_learner(model, settings)
+    curve: list[tuple[int, float]] = []
+
+    def callback(state: LearnerState, metrics: Metrics) -> bool:
+        done, bits = int(state.step), float(metrics.aux.mean()) / math.log(2)
         if not math.isfinite(bits):
             raise UsageError(
                 f"the loss is not finite after {done} steps of {settings.label}. "
                 "Lower --learning-rate."
             )
         curve.append((done, bits))
-        report(steps, bits)
-    return Run(settings, state.params, curve, done, seconds, state.tape.nbytes)
+        report(len(metrics.loss), bits)
+        return stopped()
+
+    for steps in {min(BLOCK, settings.steps), settings.steps % BLOCK}:
+        # Compiled before the clock starts; what these steps learn is thrown away.
+        few = _stream(symbols, settings.batch, steps)
+        online.run(begin(online, model, settings), few, block=BLOCK)
+    state, clock = begin(online, model, settings), time.perf_counter()
+    stream = _stream(symbols, settings.batch, settings.steps)
+    state = online.run(state, stream, block=BLOCK, callback=callback)
+    seconds = time.perf_counter() - clock
+    return Run(settings, state.params, curve, int(state.step), seconds, state.tape.nbytes)
+
+
+def online_learner(model: Model, settings: Settings) -> Learner:
+    """What trains the model. Its aux is the loss in nats."""
+    every = settings.every
+    rate = optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps // every, 1))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+
+    def step(params: Params, carry: Carry, x: Pair) -> tuple[Carry, jax.Array]:
+        return model.step(params, carry, x[0])
+
+    def loss(logits: jax.Array, x: Pair) -> Pair:
+        nats = cross_entropy(logits, x[1]).mean()
+        return nats / every, nats  # a group's gradient: the mean over its losses
+
+    window, weights = settings.window, settings.weights
+    return learner(step, loss, optimizer, window=window, every=every, weights=weights)
+
+
+def begin(online: Learner, model: Model, settings: Settings) -> LearnerState:
+    """The state to start from."""
+    x = jnp.zeros(settings.batch, jnp.int32)
+    return online.init(model.init(settings.seed), model.carry(settings.batch), (x, x))
 
 
 def tape_bytes(model: Model, settings: Settings) -> int:
     """Bytes of the ring, before anything is allocated."""
-    tape: Tape = jax.eval_shape(lambda: _start(model, settings)[0].tape)
-    return tape.nbytes
+    online = online_learner(model, settings)
+    state: LearnerState = jax.eval_shape(lambda: begin(online, model, settings))
+    return state.tape.nbytes
 
 
-def _start(
-    model: Model, settings: Settings
-) -> tuple[State, Callable[[State, jax.Array, jax.Array], tuple[State, jax.Array]]]:
-    """The state to start from, and the function that runs a block of steps."""
-    every, batch = settings.every, settings.batch
-    rec = record(model.loss, window=settings.window, every=every, weights=settings.weights)
-    rate = optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps // every, 1))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-
-    def update(grads: Params, old: tuple[Params, optax.OptState]) -> tuple[Params, optax.OptState]:
-        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer counts
-            updates, state = optimizer.update(grads, old[1], old[0])
-            new: Params = optax.apply_updates(old[0], updates)
-            return new, state
-
-    def one(state: State, x: Pair) -> tuple[State, jax.Array]:
-        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Tape, jax.Array]]:
-            tape, loss = rec(params, state.tape, x)
-            return loss / every, (tape, loss)  # a group's gradient: the mean over its losses
-
-        grads, (tape, loss) = jax.grad(loss_fn, has_aux=True)(state.params)
-        old = state.params, state.optimizer
-        if every == 1:
-            new = update(grads, old)
-        else:
-            new = jax.lax.cond(rec.due(tape), lambda: update(grads, old), lambda: old)
-        return State(*new, tape), loss
-
-    def block(state: State, text: jax.Array, times: jax.Array) -> tuple[State, jax.Array]:
-        n = len(text)
-        first = np.asarray(np.arange(batch) * (n // batch), np.int32)
-
-        def at(state: State, time: jax.Array) -> tuple[State, jax.Array]:
-            place = (first + time) % n
-            return one(state, (text[place], text[(place + 1) % n]))
-
-        state, losses = jax.lax.scan(at, state, times)
-        return state, losses.mean()
-
-    params, x = model.init(settings.seed), jnp.zeros(batch, jnp.int32)
-    return State(
-        params, optimizer.init(params), rec.init(params, model.carry(batch), (x, x))
-    ), block
+def _stream(symbols: Symbols, batch: int, steps: int) -> Iterator[tuple[Symbols, Symbols]]:
+    """Characters' numbers and those of the next ones, for each stream its own place."""
+    place = np.arange(batch) * (len(symbols) // batch)
+    for _ in range(steps):
+        following = (place + 1) % len(symbols)
+        yield symbols[place], symbols[following]
+        place = following
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:

@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jaxbptt._demo_look import Seen
+from jaxbptt._plot import COLOURS, draw_norms, lay_out
 
 
 def picture(done: Sequence[Seen]) -> Figure:
@@ -14,7 +15,7 @@ def picture(done: Sequence[Seen]) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     curves, lags = figure.subplots(1, 2)
-    for seen, colour in zip(done, ("tab:blue", "tab:orange"), strict=False):
+    for seen, colour in zip(done, COLOURS, strict=False):
         run, label = seen.run, seen.run.settings.label
         steps, bits = [at for at, _ in run.curve], [bits for _, bits in run.curve]
         curves.plot(steps, bits, color=colour, linewidth=0.7, alpha=0.5)
@@ -22,22 +23,20 @@ def picture(done: Sequence[Seen]) -> Figure:
         curves.plot(
             run.steps, seen.after, "o", color=colour, label=f"{label}, held out: {seen.after:.2f}"
         )
-        norms = np.where(seen.norms > 0, seen.norms, np.nan)  # nothing to draw on a log axis
-        lags.plot(norms, ".-", color=colour, label=f"trained with {label}")
+        draw_norms(lags, seen.norms, f"trained with {label}", colour)
     curves.set(xlabel="steps", ylabel="bits per character", title="Learning online")
     lags.axvline(
         done[0].run.settings.window - 0.5, color="grey", linestyle=":", label="end of the window"
     )
+    lay_out(lags, max(len(seen.norms) for seen in done))
     lags.set(
         xlabel="lag k (steps)",
         ylabel="mean norm of ∂loss(t) / ∂x(t-k)",
-        yscale="log",
         title="The gradient by lag, on held-out text",
     )
+    curves.spines[["top", "right"]].set_visible(False)
     for axes in (curves, lags):
         axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

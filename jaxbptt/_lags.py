@@ -9,6 +9,7 @@ from jaxbptt import _errors
 from jaxbptt._avals import canonical, stand_in
 from jaxbptt._call import given_window
 from jaxbptt._chain import by_lag, padded
+from jaxbptt._closure import Mask, fill
 from jaxbptt._cotangents import with_float0
 from jaxbptt._record import Recorder
 from jaxbptt._tape import Tape
@@ -27,10 +28,14 @@ class ByLag(NamedTuple):
         carry: of λ as it leaves the step at this lag, the cotangent of the carry that entered
             it (dhnext in a hand-written backward pass). At the last lag that is reached it
             is `pullback`'s.
+        partial: norms, in full too: of the sum of the contributions of lags 0 … k. That is
+            the gradient of each parameter that a window of k+1 would have given (of no more
+            than k+1 for any part). Stays where it is at lags that nothing is recorded for.
     """
 
     params: PyTree
     carry: PyTree
+    partial: PyTree
 
 
 def gradient_by_lag(
@@ -48,7 +53,9 @@ def gradient_by_lag(
 
         θ̄_k = (∂c_{t-k}/∂θ)ᵀ λ_{t-k} + (∂y_{t-k}/∂θ)ᵀ ȳ_{t-k}     and     λ_{t-k-1}
 
-    or their Euclidean norms, for which no more than one lag's terms are held at a time.
+    or their Euclidean norms, for which no more than one lag's terms are held at a time, and
+    the norms of θ̄_0 + … + θ̄_k. `fit_decay` makes a rate and a window of them, `plot_by_lag`
+    a picture.
 
     Args:
         recorder: what `record` returned.
@@ -59,14 +66,15 @@ def gradient_by_lag(
         full: whether to return the terms themselves: `window` copies of the parameters.
 
     Returns:
-        `ByLag(params, carry)`; leaves that no gradient can flow through are float0 arrays
-        (window, *leaf.shape).
+        `ByLag(params, carry, partial)`. For leaves that no gradient can flow through: norms
+        are zeros (window,) of float32, terms are float0 arrays (window, *leaf.shape).
 
     Raises:
         ValueError: as for `pullback`.
 
     Cost:
-        `window` pullbacks of the step, and an array of each parameter's size at each.
+        `window` pullbacks of the step, and for each two arrays of each parameter's size: the
+        lag's own term, and the sum so far.
 
     References:
         Aicher, Foti & Fox, "Adaptively Truncating Backpropagation Through Time to Control
@@ -87,15 +95,30 @@ def gradient_by_lag(
     params, x = canonical(params, "params"), stand_in(tape._settings.x)
     closure = recorder._resume(params, tape, x)
     window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
-    found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm)
-    cts = [[padded(v, closure.window - window.steps) for v in vs] for vs in found]
-    masks = closure.masks["params"], closure.masks["carry"]
-    return ByLag(
-        *(
-            with_float0(mask, ct, primal, (closure.window,))
-            for mask, ct, primal in zip(masks, cts, (params, tape.carry), strict=True)
+    found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)
+    unreached = closure.window - window.steps
+    terms, lams = ([padded(v, unreached) for v in vs] for vs in found[:2])
+    sums = [jnp.pad(v, (0, unreached), mode="edge") for v in found[2]]
+    of_params, of_carry = closure.masks["params"], closure.masks["carry"]
+    partial = _norms(of_params, sums, params, closure.window)
+    if not full:
+        return ByLag(
+            _norms(of_params, terms, params, closure.window),
+            _norms(of_carry, lams, tape.carry, closure.window),
+            partial,
         )
+    rows_of_all = (closure.window,)
+    return ByLag(
+        with_float0(of_params, terms, params, rows_of_all),
+        with_float0(of_carry, lams, tape.carry, rows_of_all),
+        partial,
     )
+
+
+def _norms(mask: Mask, norms: list, primal: PyTree, window: int) -> PyTree:
+    """Norms in the structure of `primal`, zero where nothing can flow, so that all can be added."""
+    nothing = [jnp.zeros(window, jnp.float32)] * (len(mask) - len(norms))
+    return jax.tree.unflatten(jax.tree.structure(primal), fill(mask, norms, nothing))
 
 
 def _norm(value: jax.Array) -> jax.Array:

@@ -97,7 +97,7 @@ def scan(
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
         windows = Windows.of(by_leaf or windows.longest)
     if windows or drawn:
-        f = _unforwarded(f, ys_too=bool(windows) and max(windows.steps) < every)
+        f = _unforwarded(f, ys_too=windows is not None and windows.longest < every)
 
     def plain(init: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
         return lax.scan(f, init, xs, length=length, reverse=reverse, unroll=unroll)
@@ -170,7 +170,7 @@ def _truncated(
     # Of a single chain the parts that are over are masked, not left out of a program.
     parts = Windows.of(steps if groups.parts and groups.chains > 1 else 1)
     closure = trace(step, (), carry, x, stored=False, has_aux=False, windows=parts)
-    factors = drawn and drawn.factors(length)
+    factors = None if drawn is None else drawn.factors(length)
     return _call(closure, eqn, consts, init, xs, groups, factors)
 
 

@@ -1,6 +1,7 @@
 """The gradient by lag against the unrolled graph, one copy of the parameters per step."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,17 @@ def with_axis(ct):
     )
 
 
-@pytest.mark.parametrize("t", [2, 6])
+def only_of(norms, tree):
+    """The norms of the leaves that gradients can flow through."""
+    pairs = zip(jax.tree.leaves(norms), jax.tree.leaves(tree), strict=True)
+    return [norm for norm, leaf in pairs if oracles.is_moving(leaf)]
+
+
 @pytest.mark.parametrize(
-    "name", ["tanh_rnn", "lstm", "nested_dict", "tokens", "no_params", "no_y", "stacked_layers"]
+    ("name", "t"),
+    [(name, 2) for name in ("tanh_rnn", "tokens")]  # warming up
+    + [(name, 6) for name in ("lstm", "nested_dict", "tokens", "no_params", "no_y")]
+    + [("stacked_layers", 6)],
 )
 def test_each_lag(name, t):
     case = ZOO[name](np.float64)
@@ -54,9 +63,18 @@ def test_each_lag(name, t):
             check("by lag, carry", here[1], lams[lag], 1e-12)
         else:
             assert not any(np.any(v) for v in [*here[0], *here[1]])
-    for norm, whole in zip(moving(norms), moving(got), strict=True):
-        want = np.linalg.norm(np.asarray(whole).reshape(4, -1), axis=1)
-        np.testing.assert_allclose(norm, want, rtol=1e-13)
+    for norm, whole in zip(jax.tree.leaves(norms), jax.tree.leaves(got), strict=True):
+        if whole.dtype == jax.dtypes.float0:
+            assert norm.shape == (4,)
+            assert not np.any(norm)
+        else:
+            want = np.linalg.norm(np.asarray(whole).reshape(4, -1), axis=1)
+            np.testing.assert_allclose(norm, want, rtol=1e-13)
+    for lag in range(4):
+        shorter = run.unrolled(t, reach(t, lag + 1), [ct_y], ct_carry).params
+        for partial in (got.partial, norms.partial):
+            reached = [v[lag] for v in moving(only_of(partial, thetas[-1]))]
+            check("by lag, partial", reached, [np.linalg.norm(v) for v in shorter], 1e-12)
     ct = rec.pullback(thetas[-1], tape, with_axis(ct_y), ct_carry)
     check("by lag, summed", [v.sum(0) for v in moving(got.params)], moving(ct.params), 1e-14)
     check("by lag, last", [v[min(t, 4) - 1] for v in moving(got.carry)], moving(ct.carry), 1e-14)
@@ -74,6 +92,55 @@ def test_windows_for_parts_and_several_outputs(weights):
         here = [jax.tree.map(lambda v, lag=lag: v[lag], moving(part)) for part in got]
         check("by lag, parts", here[0], params[lag], 1e-12)
         check("by lag, parts, carry", here[1], lams[lag], 1e-12)
+        sums = [np.sum(terms, axis=0) for terms in zip(*params[: lag + 1], strict=True)]
+        check("by lag, parts, partial", here[2], [np.linalg.norm(v) for v in sums], 1e-12)
+
+
+def test_partial_stays_where_one_output_of_several_reaches_no_further():
+    rec = jaxbptt.record(two_parts, window=5, every=3)  # one output: 1 + (5 - 3) steps
+    tape = recorded(rec, [PARAMS] * 8, CARRY, XS, 8)
+    ct_ys = random_like(jax.eval_shape(two_parts, PARAMS, CARRY, XS[0])[1], 1)[None]
+    got = jaxbptt.gradient_by_lag(rec, PARAMS, tape, ct_ys)
+    grads = rec.pullback(PARAMS, tape, ct_ys).params
+    for name, norms in got.partial.items():
+        np.testing.assert_allclose(norms[2:], [np.linalg.norm(grads[name])] * 3, rtol=1e-13)
+        assert not np.any(got.params[name][3:])
+
+
+def test_partial_of_half_precision_is_added_up_in_float32():
+    def step(w, c, x):
+        return c + w * x, c + w * x
+
+    one = jnp.ones((), jnp.bfloat16)
+    rec = jaxbptt.record(step, window=4)
+    xs = jnp.array([1, 1, 1, 256], jnp.bfloat16)  # 256 + 1 is 256 in bfloat16
+    tape = recorded(rec, [one] * 4, 0 * one, xs, 4)
+    got = jaxbptt.gradient_by_lag(rec, one, tape, one[None])
+    assert got.partial.dtype == jnp.float32
+    assert got.partial.tolist() == [256, 257, 258, 259]
+
+
+def test_norms_can_be_averaged_over_time_whatever_the_leaves():
+    def step(params, carry, x):
+        h, count = carry
+        h = jnp.tanh(params["w"] * h + params["table"][params["which"]] + x)
+        return (h, count + 1), h
+
+    params = {"w": jnp.array(0.5), "table": jnp.ones(3), "which": jnp.int32(1)}
+    rec = jaxbptt.record(step, window=3)
+    tape = rec.init(params, (jnp.array(0.0), jnp.int32(0)), jnp.array(0.0))
+
+    def visit(tape, x):
+        tape, _ = rec(params, tape, x)
+        return tape, jaxbptt.gradient_by_lag(rec, params, tape, jnp.ones(1))
+
+    _, stacked = jax.jit(lambda tape: jax.lax.scan(visit, tape, jnp.arange(5.0)))(tape)
+    mean = jax.tree.map(lambda v: v.mean(0), stacked)
+    assert {leaf.shape for leaf in jax.tree.leaves(mean)} == {(3,)}
+    assert not np.any(mean.params["which"])
+    assert not np.any(mean.partial["which"])
+    assert not np.any(mean.carry[1])
+    assert np.all(np.asarray(mean.carry[0]) > 0)
 
 
 def test_dwhh_and_dhnext_of_a_hand_written_backward_pass():
@@ -103,22 +170,26 @@ def test_dwhh_and_dhnext_of_a_hand_written_backward_pass():
 
 def test_norms_hold_no_copies_of_the_parameters():
     case = ZOO["lstm"](np.float64)
-    rec = jaxbptt.record(case.step, window=50)
+    rec = jaxbptt.record(case.step, window=50, weights="current")  # none on the tape either
     tape = jax.eval_shape(rec.init, case.params, case.carry, case.x())
     y = jax.eval_shape(case.step, case.params, case.carry, case.x())[1]
 
-    def look(tape, full):
-        ct_ys = jnp.ones((1, *y.shape))
-        return jaxbptt.gradient_by_lag(rec, case.params, tape, ct_ys, full=full)
+    def compiled(full):
+        def look(params, tape):
+            ct_ys = jnp.ones((1, *y.shape))
+            return jaxbptt.gradient_by_lag(rec, params, tape, ct_ys, full=full)
 
-    def made(full):
-        return jax.jit(functools.partial(look, full=full)).lower(tape).as_text()
+        return jax.jit(look).lower(case.params, tape).compile().as_text()
 
-    shape = "x".join(map(str, (50, *case.params["w"].shape)))
-    assert f"tensor<{shape}xf64>" in made(True)
-    # The tape itself has each step's own weights; the result has none.
-    results = jax.eval_shape(functools.partial(look, full=False), tape)
-    assert {leaf.shape for leaf in jax.tree.leaves(results)} == {(50,)}
+    shapes = {tuple(sorted((50, *v.shape))) for v in case.params.values() if v.ndim > 1}
+
+    def held(text):
+        found = re.findall(r"f64\[([\d,]+)\]", text)
+        return {tuple(sorted(map(int, dims.split(",")))) for dims in found}
+
+    assert shapes
+    assert shapes <= held(compiled(full=True))
+    assert not shapes & held(compiled(full=False))
 
 
 def test_what_is_wrong_is_said():

@@ -225,12 +225,12 @@ def test_trains_as_a_plain_loop_does():
 
 
 def test_updates_where_a_group_is_due():
-    model, symbols = Model("rnn", 5, 7), jnp.arange(31, dtype=jnp.int32) ** 2 % 7
+    model, symbols = Model("rnn", 5, 7), np.arange(31, dtype=np.int32) ** 2 % 7
     plan = dataclasses.replace(SETTINGS, cell="rnn", every=4, steps=80)
-    state, block = _demo._start(model, plan)
-    block, changed = jax.jit(block), []
-    for time in range(8):
-        new, _ = block(state, symbols, np.full(1, time, np.int32))
+    online = _demo.online_learner(model, plan)
+    state, update, changed = _demo.begin(online, model, plan), jax.jit(online.update), []
+    for x in _demo._stream(symbols, plan.batch, 8):
+        new, _ = update(state, x)
         changed.append(bool((new.params["Wh"] != state.params["Wh"]).any()))
         state = new
     assert changed == [False, False, False, True] * 2

@@ -28,6 +28,7 @@ def test_the_code_runs_in_order_as_a_reader_would_run_it(tmp_path):
         [sys.executable, "-W", "error", program],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=120,
     )

@@ -1,0 +1,180 @@
+"""`from_linen` and `from_nnx`: a flax module with state of its own as a step function."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxbptt import _errors
+from jaxbptt._types import PyTree, StepFn
+
+
+class LinenState(NamedTuple):
+    """What a linen module hands from step to step beside its carry."""
+
+    collections: dict[str, PyTree]  # by name, such as "batch_stats"; all but "params"
+    rngs: PyTree  # keys, from which each step draws its own
+
+
+def from_linen(
+    module: Any, variables: Mapping[str, PyTree], *, rngs: PyTree = None, **kwargs: Any
+) -> tuple[StepFn, PyTree, LinenState]:
+    """Makes a step of a linen module that has mutable collections or draws random numbers.
+
+    Both change at each step, so they travel in the carry, beside the module's own:
+
+        rngs_s, drawn_s = split(rngs_{s-1})
+        ((carry_s, y_s), collections_s) =
+            apply({"params": θ_s, **collections_{s-1}}, carry_{s-1}, x_s, rngs=drawn_s)
+
+    A module without them needs no adapter: `module.apply` is its step.
+
+    Args:
+        module: a `flax.linen.Module` that is called as `module(carry, x) -> (carry, y)`.
+        variables: what `module.init` returned. All its collections but "params" are mutable.
+        rngs: keys for `module.apply`, such as `{"dropout": key}`; None for none.
+        **kwargs: for `module.apply`: `method`, or arguments of the module, `train=True`.
+
+    Returns:
+        `(step, params, state)`: params is `variables["params"]`, and the step's carry is a pair
+        `(carry, state)` with state a `LinenState(collections, rngs)`. Gradients flow through
+        the collections as through any carry; `window=(20, 1)` cuts theirs.
+
+    Raises:
+        ValueError: `module` is none that can be called so, `variables` has no "params", or
+            `rngs` holds something else than keys.
+        TypeError: the module doesn't return a pair; when the step is traced.
+        ImportError: flax is not installed.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbptt
+        >>> class Cell(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, carry, x, train):
+        ...         carry, y = nn.GRUCell(4)(carry, x)
+        ...         return carry, nn.Dropout(0.5)(y, deterministic=not train)
+        >>> cell, h, x = Cell(), jnp.zeros((2, 4)), jnp.ones((2, 3))
+        >>> variables = cell.init(jax.random.key(0), h, x, False)
+        >>> rngs = {"dropout": jax.random.key(1)}
+        >>> step, params, state = jaxbptt.from_linen(cell, variables, rngs=rngs, train=True)
+        >>> tape = jaxbptt.record(step, window=20).init(params, (h, state), x)
+    """
+    _check_module(module, "linen", kwargs)
+    if variables and "params" not in variables:
+        raise ValueError(
+            "variables must be what module.init returned, with 'params' among its collections, "
+            f"but got {', '.join(map(repr, variables))}. Pass {{'params': params, ...}}."
+        )
+    try:
+        jax.eval_shape(_next_keys, rngs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"rngs must hold keys, such as {{'dropout': jax.random.key(0)}}, but got {rngs!r}."
+        ) from error
+    mutable = [name for name in variables if name != "params"]
+
+    def step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        carry, (collections, rngs) = carry
+        rngs, drawn = _next_keys(rngs)
+        held = {"params": params, **collections}
+        out, changed = module.apply(held, carry, x, rngs=drawn, mutable=mutable, **kwargs)
+        carry, y = _pair(out, module)
+        return (carry, LinenState({**collections, **changed}, rngs)), y
+
+    state = LinenState({name: variables[name] for name in mutable}, rngs)
+    return step, variables.get("params", {}), state
+
+
+def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> tuple[StepFn, PyTree, PyTree]:
+    """Makes a step of an nnx module that has state: batch statistics, random numbers.
+
+    State changes at each step, so it travels in the carry, beside the module's own:
+
+        (carry_s, y_s), state_s = module{θ_s, state_{s-1}}(carry_{s-1}, x_s)
+
+    A module without any is a pytree, its own params, and
+    `lambda module, carry, x: module(carry, x)` is its step.
+
+    Args:
+        module: an `nnx.Module` that is called as `module(carry, x) -> (carry, y)`, in the mode
+            (train or eval) that it is in now. It is not changed.
+        wrt: filter for the variables that are params, as for `nnx.grad`; None for `nnx.Param`.
+            An `nnx.Param` that it leaves out is a constant of the step.
+        **kwargs: arguments of the module, `train=True`.
+
+    Returns:
+        `(step, params, state)`: two `nnx.State`s, state of all that is no param, and the step's
+        carry is a pair `(carry, state)`. `nnx.update(module, params, state)` puts into the
+        module what a run has made of them.
+
+    Raises:
+        ValueError: `module` is none that can be called so.
+        TypeError: the module doesn't return a pair; when the step is traced.
+        ImportError: flax is not installed.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbptt
+        >>> from flax import nnx
+        >>> class Cell(nnx.GRUCell):
+        ...     def __init__(self, rngs):
+        ...         super().__init__(3, 4, rngs=rngs)
+        ...         self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        ...     def __call__(self, carry, x):
+        ...         return super().__call__(self.dropout(carry), x)
+        >>> cell, h, x = Cell(nnx.Rngs(0)), jnp.zeros((2, 4)), jnp.ones((2, 3))
+        >>> step, params, state = jaxbptt.from_nnx(cell)
+        >>> tape = jaxbptt.record(step, window=20).init(params, (h, state), x)
+    """
+    nnx = _check_module(module, "nnx", kwargs)
+    filters = (nnx.Param if wrt is None else wrt, nnx.Param, ...)
+    graph, params, constants, state = nnx.split(module, *filters)
+
+    def step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        carry, state = carry
+        # Without a copy the module would change the caller's state in place.
+        called = nnx.merge(graph, params, constants, state, copy=True)
+        carry, y = _pair(called(carry, x, **kwargs), module)
+        return (carry, nnx.split(called, *filters)[3]), y
+
+    return step, params, state
+
+
+def _next_keys(rngs: PyTree) -> tuple[PyTree, PyTree]:
+    """The keys to go on with, and those to draw from now."""
+    pairs = jax.tree.map(jax.random.split, rngs)
+    return jax.tree.map(itemgetter(0), pairs), jax.tree.map(itemgetter(1), pairs)
+
+
+def _pair(out: Any, module: Any) -> Any:
+    _errors.is_pair(out, "a pair (carry, y)", f"It is {type(module).__name__} that should.")
+    return out
+
+
+def _check_module(module: Any, library: str, kwargs: dict[str, Any]) -> Any:
+    """The library, or a refusal of what is none of its modules or isn't called with a carry."""
+    try:
+        flax = importlib.import_module(f"flax.{library}")
+    except ImportError as error:
+        raise ImportError(
+            f"from_{library} needs flax, which isn't installed: pip install 'jaxbptt[flax]'."
+        ) from error
+    if not isinstance(module, flax.Module):
+        came = f"the class {module.__name__}" if isinstance(module, type) else None
+        raise ValueError(
+            f"module must be a flax.{library}.Module, but got {came or _errors._kind(module)}. "
+            "Pass an instance; from_linen is for flax.linen, from_nnx for flax.nnx."
+        )
+    signature = inspect.signature(type(module).__call__)
+    try:
+        if "method" not in kwargs:
+            signature.bind(module, "carry", "x", **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            "module must be called as module(carry, x) -> (carry, y), but the arguments of "
+            f"{type(module).__name__} are ({', '.join([*signature.parameters][1:])}). Pass a cell "
+            "(an RNN's .cell), and further arguments by name, e.g. train=True."
+        ) from error
+    return flax

@@ -1,0 +1,644 @@
+"""The learner against loops written by hand: the gradient of the unrolled graph, SGD in NumPy."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import zoo
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from test_tape import rings_made_anew
+
+import jaxbptt
+
+T = 11
+RATE, DECAY = 0.1, 0.5
+F64 = jnp.float64
+
+
+class Optimizer(NamedTuple):
+    """Of optax's form: the library needs no more of it."""
+
+    init: Any
+    update: Any
+
+
+def momentum(rate=RATE, decay=DECAY):
+    def update(grads, state, params=None):
+        state = jax.tree.map(lambda m, g: decay * m + g, state, grads)
+        return jax.tree.map(lambda m: -rate * m, state), state
+
+    return Optimizer(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def scanned(learner):
+    return jax.jit(lambda state, xs: lax.scan(learner.update, state, xs))
+
+
+def steps(update, state, xs):
+    """One step after the other: the state and the metrics of each."""
+    metrics = []
+    for x in xs:
+        state, one = update(state, x)
+        metrics.append(one)
+    return state, oracles.stack(metrics)
+
+
+def all_states(learner, state, xs):
+    """The parameters after each step, and the metrics of each."""
+
+    def one(state, x):
+        state, metrics = learner.update(state, x)
+        return state, (state.params, metrics)
+
+    state, (params, metrics) = jax.jit(lambda state: lax.scan(one, state, xs))(state)
+    return state, oracles.unstack(params, T), oracles.unstack(metrics, T)
+
+
+# -------------------------------------------------------------------- by hand
+
+
+def wave(y, x):
+    """A loss of any y; it takes x too."""
+    del x
+    parts = [jnp.mean(jnp.sin(jnp.real(v)) + jnp.imag(v) ** 2) for v in oracles.moving(y)]
+    return sum(parts, jnp.zeros(()))
+
+
+def ct_of(loss, y, x):
+    return jax.grad(lambda leaves: loss(oracles.refill(y, leaves), x))(oracles.moving(y))
+
+
+class Unrolled:
+    """Whose parameters: those of each step's own time. The run as one graph."""
+
+    def __init__(self, case):
+        self.case = case
+
+    def gradient(self, thetas, carries, end, oldest, cts):
+        padded = thetas + [thetas[-1]] * (T - len(thetas))
+        run = oracles.Run(self.case.step, padded, self.case.carry, self.case.xs(T), T)
+        return run.unrolled(end, oldest, cts).params
+
+
+class Replayed(Unrolled):
+    """The window run again from its oldest carry, under the newest parameters."""
+
+    def gradient(self, thetas, carries, end, oldest, cts):
+        xs = jax.tree.map(lambda v: jnp.roll(v, 1 - oldest, 0), self.case.xs(T))
+        run = oracles.Run(self.case.step, [thetas[-1]] * T, carries[oldest - 1], xs, T)
+        return run.unrolled(end - oldest + 1, 1, cts).params
+
+
+class Current(Unrolled):
+    """Recorded activations of the zoo's tanh RNN, and the newest parameters in the products."""
+
+    def gradient(self, thetas, carries, end, oldest, cts):
+        theta, xs = jax.tree.map(np.asarray, (thetas[-1], self.case.xs(T)))
+        h = [np.asarray(c) for c in carries]
+        total = {name: np.zeros(leaf.shape) for name, leaf in theta.items()}
+        lam = np.zeros(h[0].shape)
+        for s in range(end, oldest - 1, -1):
+            if end - s < len(cts):
+                ct = np.asarray(cts[len(cts) - 1 - (end - s)][0])
+                total["wy"] += h[s].T @ ct
+                lam = lam + ct @ theta["wy"].T
+            z = lam * (1 - h[s] ** 2)
+            total["wx"] += xs[s - 1].T @ z
+            total["wh"] += h[s - 1].T @ z
+            total["b"] += z.sum(0)
+            lam = z @ theta["wh"].T
+        return [total[name] for name in sorted(total)]
+
+
+ORACLES = {"stored": Unrolled, "replayed": Replayed, "current": Current}
+
+
+def by_hand(case, loss, window, every, weights):
+    """Parameters, loss and whether there was an update, after each of T steps."""
+    oracle, step = ORACLES[weights](case), jax.jit(case.step)
+    theta, carries, cts, found = case.params, [case.carry], [], []
+    thetas, speed = [], [np.zeros(v.shape) for v in oracles.moving(case.params)]
+    for t, x in enumerate(oracles.unstack(case.xs(T), T), 1):
+        thetas.append(theta)
+        carry, y = step(theta, carries[-1], x)
+        carries.append(carry)
+        cts.append(ct_of(loss, y, x))
+        if t % every == 0:
+            rows = min(every, window)
+            oldest = oracles.reach(t, window, every, rows)
+            got = oracle.gradient(thetas, carries, t, oldest, cts[-rows:])
+            # Downhill is along the conjugate of what JAX calls a gradient.
+            speed = [DECAY * m + np.conj(g) for m, g in zip(speed, got, strict=True)]
+            pairs = zip(oracles.moving(theta), speed, strict=True)
+            theta = oracles.refill(theta, [p - RATE * m for p, m in pairs])
+        found.append((theta, loss(y, x), t % every == 0))
+    return found
+
+
+def check_run(label, case, loss, window, every, weights, **options):
+    learner = jaxbptt.learner(
+        case.step, loss, momentum(), window=window, every=every, weights=weights, **options
+    )
+    state = learner.init(case.params, case.carry, case.x())
+    state, params, metrics = all_states(learner, state, case.xs(T))
+    want = by_hand(case, loss, window, every, weights)
+    for t in range(T):
+        theta, value, updated = want[t]
+        oracles.check(f"learner, {label}", params[t], theta, 1e-11)
+        oracles.check(f"learner, {label}, loss", metrics[t].loss, value, 1e-11)
+        assert bool(metrics[t].updated) == updated
+    assert int(state.step) == T
+    return state, metrics
+
+
+@pytest.mark.parametrize("weights", ORACLES)
+@pytest.mark.parametrize(
+    ("window", "every"), [(1, 1), (3, 1), (20, 1), (5, 2), (3, 3), (20, 3), (2, 5)]
+)
+def test_parameters_at_every_step(window, every, weights):
+    """The window shorter than a group, as long, longer, and longer than the run."""
+    case = zoo.ZOO["tanh_rnn"](F64)
+    check_run(weights, case, wave, window, every, weights)
+
+
+STEPS = """
+    nested_dict integer_y none_leaves typed_key integer_leaves complex_recurrence
+    spike_vjp no_y no_params
+""".split()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_the_zoo(name):
+    check_run(name, zoo.ZOO[name](F64), wave, 4, 3, "stored")
+
+
+def test_a_window_for_each_part():
+    case = zoo.ZOO["namedtuple"](F64)
+    window = zoo.Pair(h=2, trace=4)
+    learner = jaxbptt.learner(case.step, wave, momentum(), window=window, every=3)
+    state = learner.init(case.params, case.carry, case.x())
+    _, params, metrics = all_states(learner, state, case.xs(T))
+    run = oracles.Run(case.step, case.params, case.carry, case.xs(T), T)
+    ys, xs = run.trajectory[1], oracles.unstack(case.xs(T), T)
+    cts = [ct_of(wave, y, x) for y, x in zip(ys[:3], xs, strict=False)]
+    want = run.unrolled(3, [oracles.reach(3, w, 3, 3) for w in (2, 4)], cts).params
+    moved = [p - RATE * g for p, g in zip(jax.tree.leaves(case.params), want, strict=True)]
+    oracles.check("learner, parts", params[2], moved, 1e-12)
+    assert bool(metrics[2].updated)
+
+
+def test_aux_goes_along():
+    case = zoo.ZOO["nested_dict"](F64)
+
+    def loss(y, x):
+        return wave(y, x), {"largest": jnp.max(y["new"]), "none": None, "x": x}
+
+    learner = jaxbptt.learner(case.step, loss, momentum(), window=3, every=2)
+    state = learner.init(case.params, case.carry, case.x())
+    state, metrics = scanned(learner)(state, case.xs(T))
+    alone = jaxbptt.learner(case.step, wave, momentum(), window=3, every=2)
+    want, plain = scanned(alone)(alone.init(case.params, case.carry, case.x()), case.xs(T))
+    np.testing.assert_array_equal(metrics.loss, plain.loss)
+    oracles.check("with aux", state.params, want.params, 0.0)
+    np.testing.assert_array_equal(metrics.aux["x"], case.xs(T))
+    assert metrics.aux["largest"].shape == (T,)
+    assert plain.aux is None
+
+
+def test_the_loss_of_a_group_goes_to_optimizers_that_take_it():
+    """Theirs is the sum that the gradient belongs to; the others get nothing they don't know."""
+
+    def update(grads, state, params=None, *, value, **extra):
+        assert not extra
+        return jax.tree.map(jnp.zeros_like, grads), (state[0] + 1, value)
+
+    case = zoo.ZOO["tanh_rnn"](F64)
+    recording = Optimizer(lambda params: (jnp.int32(0), jnp.float64(0)), update)
+    for every in (1, 3):
+        learner = jaxbptt.learner(case.step, wave, recording, window=2, every=every)
+        state = learner.init(case.params, case.carry, case.x())
+        state, metrics = scanned(learner)(state, case.xs(6))
+        count, value = state.opt_state
+        assert count == 6 // every
+        np.testing.assert_allclose(value, metrics.loss[-every:].sum(), rtol=1e-13)
+
+
+# -------------------------------------------------------------- a pure function
+
+CASE = zoo.ZOO["tanh_rnn"](F64)
+
+
+def started(**options):
+    options = {"window": 3} | options
+    learner = jaxbptt.learner(CASE.step, wave, options.pop("optimizer", momentum()), **options)
+    return learner, learner.init(CASE.params, CASE.carry, CASE.x())
+
+
+def avals(tree):
+    return [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("on_nonfinite", ["pass", "clear"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_type_of_the_state_is_a_fixpoint(every, on_nonfinite):
+    weak = Optimizer(lambda params: 0.0, lambda grads, state, params: (grads, 0.0))
+    for optimizer in (momentum(), weak):
+        learner, state = started(every=every, on_nonfinite=on_nonfinite, optimizer=optimizer)
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+        jaxpr, new = jax.make_jaxpr(learner.update, return_shape=True)(state, CASE.x())
+        assert jax.tree.structure(new[0]) == jax.tree.structure(state)
+        assert jaxpr.out_avals[: len(avals(state))] == avals(state)
+
+
+def test_python_numbers_and_numpy_make_a_state():
+    learner = jaxbptt.learner(
+        lambda w, c, x: (w * c + x, w * c + x), lambda y, x: (y - 2) ** 2, momentum(0.01), window=4
+    )
+    state = learner.init(0.3, 0.0, np.float64(0))
+    state, _ = scanned(learner)(state._replace(params=np.float64(0.1)), np.ones(100))
+    assert float(state.params) == pytest.approx(0.5, abs=1e-3)
+
+
+def keeping():
+    """Its state is the parameters themselves."""
+    plain = momentum()
+    return Optimizer(lambda p: (p, plain.init(p)), lambda g, s, p=None: (g, (p, s[1])))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_state_can_be_donated_and_what_it_was_made_of_survives(every):
+    params, carry = jax.tree.map(jnp.copy, (CASE.params, CASE.carry))
+    learner = jaxbptt.learner(CASE.step, wave, keeping(), window=3, every=every)
+    state = learner.init(params, carry, CASE.x())
+    update = jax.jit(learner.update, donate_argnums=0)
+    for x in CASE.xs(4):
+        before = state
+        state, _ = update(state, x)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.tape))
+    fresh = jax.tree.map(jnp.copy, carry)
+    state, _ = update(learner.clear(state, fresh), CASE.x())
+    oracles.check("survivors", (params, carry, fresh), (CASE.params, CASE.carry, CASE.carry), 0.0)
+
+
+def test_init_allocates_nothing_under_eval_shape():
+    learner, state = started(every=2)
+    args = jax.eval_shape(lambda: (CASE.params, CASE.carry, CASE.x()))
+    shapes = jax.eval_shape(learner.init, *args)
+    assert shapes.tape.nbytes == state.tape.nbytes > 0
+    assert [v.shape for v in jax.tree.leaves(shapes)] == [v.shape for v in jax.tree.leaves(state)]
+    struct = learner.init(CASE.params, CASE.carry, jax.eval_shape(lambda: CASE.x()))
+    assert avals(struct) == avals(state)
+
+
+def test_traced_once():
+    traces = []
+
+    def step(params, carry, x):
+        traces.append(1)
+        return CASE.step(params, carry, x)
+
+    def make():
+        return jaxbptt.learner(step, wave, plain, window=3, every=2)
+
+    plain = momentum()
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    update = jax.jit(lambda learner, state, x: learner.update(state, x), static_argnums=0)
+    state = make().init(CASE.params, CASE.carry, CASE.x())
+    state, _ = update(make(), state, CASE.x())
+    seen = len(traces)
+    for _ in range(4):
+        state, _ = update(make(), state, CASE.x())
+    assert len(traces) == seen
+
+
+def test_steps_are_counted_beyond_31_bits_and_around_32():
+    learner, state = started(every=2)
+    for done in (2**31 - 1, 2**32 - 1):
+        state, _ = jax.jit(learner.update)(state._replace(step=jnp.uint32(done)), CASE.x())
+        assert state.step == (done + 1) % 2**32
+
+
+# ------------------------------------------------------------------------ vmap
+
+
+def test_vmap_of_a_whole_run_keeps_the_branch():
+    rates = jnp.array([0.05, 0.1, 0.3])
+
+    def run(rate):
+        learner = jaxbptt.learner(CASE.step, wave, momentum(rate), window=3, every=4)
+        state = learner.init(CASE.params, CASE.carry, CASE.x())
+        state, metrics = lax.scan(learner.update, state, CASE.xs(T))
+        return state.params, metrics
+
+    got = jax.jit(jax.vmap(run))(rates)
+    oracles.check("vmap", got, oracles.stack([jax.jit(run)(rate) for rate in rates]), 1e-12)
+    inside, outside = dots(jax.make_jaxpr(jax.vmap(run))(rates).jaxpr)
+    assert inside > 0
+    assert outside == 3  # x wx, h wh and h wy
+
+
+needs_eight = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight devices (the CPU has them under conftest.py)"
+)
+
+
+@needs_eight
+@pytest.mark.parametrize("every", [1, 3])
+def test_shard_map(every):
+    h, xs = zoo.normal(1, F64, 16, zoo.H), zoo.normal(2, F64, T, 16, zoo.D)
+
+    def loss_on_devices(y, x):
+        return lax.pmean(wave(y, x), "data")
+
+    def run(loss):
+        def whole(params, h, xs):
+            learner = jaxbptt.learner(CASE.step, loss, momentum(), window=3, every=every)
+            state = learner.init(params, h, xs[0])
+            state, metrics = lax.scan(learner.update, state, xs)
+            return state.params, state.tape.carry, metrics
+
+        return whole
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (P(), P("data"), P(None, "data")), (P(), P("data"), P())
+    mapped = jax.shard_map(run(loss_on_devices), mesh=mesh, in_specs=specs[0], out_specs=specs[1])
+    got = jax.jit(mapped)(CASE.params, h, xs)
+    oracles.check("learner, shard_map", got, jax.jit(run(wave))(CASE.params, h, xs), 1e-12)
+
+
+# ------------------------------------------------------------------------ cost
+
+
+def dots(jaxpr, inside=False):
+    """How many products there are inside branches, and outside."""
+    found = [0, 0]
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            found[0 if inside else 1] += 1
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                branch = inside or eqn.primitive.name == "cond"
+                found = [a + b for a, b in zip(found, dots(inner, branch), strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("on_nonfinite", ["pass", "clear"])
+def test_between_updates_there_are_the_products_of_a_forward_step(on_nonfinite):
+    learner, state = started(every=4, on_nonfinite=on_nonfinite)
+    inside, outside = dots(jax.make_jaxpr(learner.update)(state, CASE.x()).jaxpr)
+    assert outside == 3
+    assert inside >= 5
+
+
+WINDOW = 13  # no other axis has this length
+
+
+def ring_of(tape):
+    return [v.shape for v in jax.tree.leaves(tape) if v.shape[:1] == (WINDOW,)]
+
+
+@pytest.mark.parametrize("on_nonfinite", ["pass", "clear"])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("weights", ["stored", "current"])
+def test_a_loop_of_updates_copies_no_ring(weights, every, on_nonfinite):
+    learner, state = started(window=WINDOW, weights=weights, every=every, on_nonfinite=on_nonfinite)
+    loop = jax.jit(lambda s, xs: lax.scan(learner.update, s, xs), donate_argnums=0)
+    compiled = loop.lower(state, CASE.xs(29)).compile()
+    assert len(ring_of(state.tape)) >= 2
+    assert rings_made_anew(compiled, ring_of(state.tape)) == []
+
+
+# --------------------------------------------------------------- hypergradients
+
+
+@pytest.mark.parametrize(("weights", "every"), [("stored", 1), ("current", 2)])
+def test_hypergradients(weights, every):
+    """Of the loss after updates, by what the optimiser, the loss and the start hold."""
+
+    def after(rate, scale, bias):
+        learner = jaxbptt.learner(
+            CASE.step,
+            lambda y, x: scale * wave(y, x),
+            momentum(rate),
+            window=20,
+            every=every,
+            weights=weights,
+        )
+        params = CASE.params | {"b": CASE.params["b"] + bias}
+        state = learner.init(params, CASE.carry, CASE.x())
+        return lax.scan(learner.update, state, CASE.xs(4))[1].loss[-1]
+
+    at, eps = (0.2, 1.3, 0.0), 1e-5
+    reverse = jax.jit(jax.grad(after, (0, 1, 2)))(*at)
+    forward = jax.jit(jax.jacfwd(after, (0, 1, 2)))(*at)
+    value = jax.jit(after)
+    for i, moved in enumerate(np.eye(3) * eps):
+        slope = (value(*(at + moved)) - value(*(at - moved))) / (2 * eps)
+        oracles.check("hypergradients, reverse", reverse[i], slope, 1e-7)  # ε² and 1e-16/ε
+        oracles.check("hypergradients, forward", forward[i], reverse[i], 1e-12)
+
+
+# ------------------------------------------------------------ clear and evaluate
+
+
+def as_if_begun(learner, state, carry):
+    """The state of a run that begins here, with the parameters and the optimiser there are."""
+    fresh = learner.init(state.params, carry, CASE.x())
+    return fresh._replace(opt_state=state.opt_state, step=state.step)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_clear_begins_anew(every):
+    learner, state = started(every=every)
+    update, xs = jax.jit(learner.update), CASE.xs(T)
+    state, _ = steps(update, state, xs[:5])  # in the middle of a group
+    for carry in (None, 2 * CASE.carry):
+        cleared = jax.jit(learner.clear)(state, carry)
+        want = as_if_begun(learner, state, state.tape.carry if carry is None else carry)
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), cleared, want)
+        assert all(jax.tree.leaves(same))
+
+
+def test_evaluate_records_nothing():
+    learner, state = started(every=3)
+    state, _ = scanned(learner)(state, CASE.xs(5))
+    evaluate = jax.jit(learner.evaluate)
+    for carry in (None, 2 * CASE.carry):
+        want, losses = state.tape.carry if carry is None else carry, []
+        for x in CASE.xs(T):
+            want, y = CASE.step(state.params, want, x)
+            losses.append(wave(y, x))
+        got, metrics = evaluate(state, CASE.xs(T), carry)
+        oracles.check("evaluate", (got, metrics.loss), (want, jnp.stack(losses)), 1e-13)
+        assert not metrics.updated.any()
+        assert metrics.aux is None
+    shapes = {
+        v.aval.shape for v in jax.make_jaxpr(learner.evaluate)(state, CASE.xs(T)).eqns[-1].outvars
+    }
+    assert shapes == {CASE.carry.shape, (T,)}
+
+
+# ------------------------------------------------------------------- not finite
+
+
+def with_trouble(kind):
+    """(loss, inputs): at step 6 something is not finite. x is (input, whether)."""
+    bad = jnp.arange(T) == 5
+    xs = CASE.xs(T)
+    if kind == "x":  # so is the carry then, for good
+        return (lambda y, x: wave(y, x)), (xs.at[5, 0, 0].set(jnp.nan), bad)
+    if kind == "loss":
+        return (lambda y, x: wave(y, x) + jnp.where(x[1], jnp.inf, 0.0)), (xs, bad)
+
+    def root(y, x):  # finite, and its derivative at 0 is not
+        return wave(y, x) + jnp.sqrt(jnp.where(x[1], 0.0 * y[0, 0], 1.0))
+
+    return root, (xs, bad)
+
+
+def flagged(params, carry, x):
+    return CASE.step(params, carry, x[0])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("kind", ["x", "loss", "gradient"])
+def test_what_is_not_finite_leaves_no_trace(kind, every):
+    loss, xs = with_trouble(kind)
+    xs = oracles.unstack(xs, T)
+    learner = jaxbptt.learner(
+        flagged, loss, momentum(), window=3, every=every, on_nonfinite="clear"
+    )
+    update = jax.jit(learner.update)
+    state = learner.init(CASE.params, CASE.carry, xs[0])
+    before, _ = steps(update, state, xs[:5])
+    after, metrics = update(before, xs[5])
+    assert bool(jnp.isfinite(metrics.loss)) == (kind == "gradient")
+    assert not metrics.updated
+    oracles.check("dropped", after[:2], before[:2], 0.0)
+    oracles.check("dropped", after.tape.carry, before.tape.carry, 0.0)
+    assert int(after.step) == 6
+    assert int(after.tape.length) == 0
+    fresh = learner.init(before.params, before.tape.carry, xs[0])
+    want = steps(update, fresh._replace(opt_state=before.opt_state), xs[6:])
+    got = steps(update, after, xs[6:])
+    oracles.check("after the trouble", (got[0][:2], got[1]), (want[0][:2], want[1]), 0.0)
+    assert np.isfinite(got[1].loss).all()
+    assert got[1].updated.sum() == (T - 6) // every
+
+
+def test_a_passed_nan_stays():
+    """So that the test above shows something."""
+    loss, xs = with_trouble("x")
+    learner = jaxbptt.learner(flagged, loss, momentum(), window=3)
+    state = learner.init(CASE.params, CASE.carry, jax.tree.map(lambda v: v[0], xs))
+    state, metrics = scanned(learner)(state, xs)
+    assert np.isnan(metrics.loss[5:]).all()
+    assert np.isnan(state.params["wh"]).all()
+
+
+def test_clear_changes_nothing_where_all_is_finite():
+    check_run("clear", zoo.ZOO["typed_key"](F64), wave, 3, 2, "stored", on_nonfinite="clear")
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def make(loss=wave, optimizer=None, **options):
+    return jaxbptt.learner(CASE.step, loss, optimizer or momentum(), **{"window": 3} | options)
+
+
+@pytest.mark.parametrize(
+    ("returned", "came"),
+    [
+        (lambda y: y, r"an array float64\[2,5\]"),
+        (lambda y: (y.sum(), y, 1), "a tuple of length 3"),
+        (lambda y: (y, y.sum()), r"an array float64\[2,5\]"),
+        (lambda y: y.sum().astype(int), r"an array int64\[\]"),
+        (lambda y: lax.complex(y.sum(), y.sum()), r"an array complex128\[\]"),
+        (lambda y: None, "None"),
+        (lambda y: {"loss": y.sum()}, "a dict"),
+        (lambda y: "small", "'small'"),
+    ],
+)
+def test_a_loss_that_is_none(returned, came):
+    learner = make(lambda y, x: returned(y))
+    with pytest.raises(TypeError, match=f"as the scalar it returned {came}. Reduce it"):
+        learner.init(CASE.params, CASE.carry, CASE.x())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": 0.5}, "loss must be a function loss.y, x. -> scalar.* but got 0.5"),
+        ({"optimizer": momentum}, "but got a function. Call it, with its learning rate"),
+        ({"optimizer": 1e-3}, r"optimizer must be an optax.GradientTransformation.* got 0.001"),
+        ({"on_nonfinite": "skip"}, "on_nonfinite must be 'pass' or 'clear', but got 'skip'"),
+        ({"window": 0}, "window must be an int of at least 1"),
+        ({"every": 0}, "every must be an int of at least 1"),
+        ({"weights": "old"}, "weights must be 'stored', 'current' or 'replayed'"),
+    ],
+)
+def test_options(options, said):
+    with pytest.raises(ValueError, match=said):
+        make(**options)
+
+
+def test_another_state():
+    learner, state = started()
+    for call in (
+        lambda: learner.update(state.tape, CASE.x()),
+        lambda: learner.clear(state.params),
+        lambda: learner.evaluate(None, CASE.xs(2)),
+        lambda: learner.run((state,), []),
+    ):
+        with pytest.raises(ValueError, match="state must be the LearnerState that init or the"):
+            call()
+    with pytest.raises(ValueError, match="tape must be from a recorder with window=5"):
+        make(window=5).update(state, CASE.x())
+    with pytest.raises(ValueError, match=r"carry must be of the type of the carry on the tape"):
+        learner.clear(state, CASE.carry[0])
+    with pytest.raises(ValueError, match=r"x must be of the type that the tape was made for"):
+        learner.update(state, CASE.x()[0])
+    fewer = {k: v for k, v in CASE.params.items() if k != "b"}
+    with pytest.raises(ValueError, match=r"params\['b'\]: float64\[4\] expected, nothing got"):
+        learner.update(state._replace(params=fewer), CASE.x())
+
+
+@pytest.mark.parametrize(
+    ("update", "said"),
+    [
+        (lambda g, s, p: (g, [*s, s[0]]), "must return a state of the type it was given"),
+        (lambda g, s, p: (g, [s[0].astype(jnp.float32)]), r"opt_state\[0\]: float64.* in, float32"),
+        (lambda g, s, p: (g["b"], s), "must return a change for each parameter"),
+        (
+            lambda g, s, p: (g | {"b": g["b"][0]}, s),
+            r"changes\['b'\]: float64\[4\] expected, float64\[\] got",
+        ),
+    ],
+)
+def test_an_optimizer_that_returns_something_else(update, said):
+    learner, state = started(optimizer=Optimizer(lambda p: [jnp.zeros(())], update))
+    with pytest.raises(TypeError, match=said):
+        learner.update(state, CASE.x())
+
+
+def test_changes_of_another_dtype_are_added_as_optax_adds_them():
+    wide = Optimizer(
+        lambda p: (), lambda g, s, p: (jax.tree.map(lambda v: v.astype(jnp.float32), g), s)
+    )
+    learner, state = started(optimizer=wide)
+    new, _ = learner.update(state, CASE.x())
+    assert avals(new.params) == avals(state.params)
+
+
+def test_traced_arguments_of_the_loop_stay_out_of_the_options():
+    with pytest.raises(ValueError, match="window must be a Python int known"):
+        jax.jit(lambda n: make(window=n).init(CASE.params, CASE.carry, CASE.x()))(3)
