@@ -84,12 +84,11 @@ def plot_by_lag(
         lines.append(draw_norms(ax, norms, name, _GREY, burn_in=burn_in, thin=style))
     lay_out(ax, len(decay.share))
     if legend is None:
-        long = any(len(str(line.get_label())) > 32 for line in lines)
-        legend = given or long or len({_last(line) for line in lines}) > 1
+        legend = given or _many(lines) or len({_last(line) for line in lines}) > 1
     if share is not None:
         _draw_window(ax, decay, share, named=not legend)
     if legend:
-        ax.legend(frameon=False, handlelength=1.4, fontsize="small" if given else _SIZE)
+        _add_legend(ax, lines, given)
     else:
         _label_ends(ax, lines)
     return ax
@@ -191,6 +190,22 @@ def _draw_window(ax: "Axes", decay: Decay, share: float, *, named: bool) -> None
         ax.text(at, 1.02, words, transform=ax.transAxes, ha=side, color=_INK, fontsize=_SIZE)
 
 
+def _many(lines: "list[Line2D]") -> bool:
+    """Whether labels take more room than there is beside the lines or between them."""
+    return len(lines) > 5 or any(len(str(line.get_label())) > 32 for line in lines)
+
+
+def _add_legend(ax: "Axes", lines: "list[Line2D]", given: bool) -> None:
+    look: Any = {"frameon": False, "handlelength": 1.4, "fontsize": "small" if given else _SIZE}
+    if given or not _many(lines):
+        ax.legend(**look)
+        return
+    figure = ax.figure.canvas.figure
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.14 * (len(lines) + 1))
+    figure.legend(loc="outside lower left", **look)
+
+
 def _label_ends(ax: "Axes", lines: "list[Line2D]") -> None:
     """Each line's label behind its last norm and in its colour, none over another."""
     labels = []
@@ -215,7 +230,7 @@ def _last(line: "Line2D") -> int:
 
 
 def _column() -> "Axes":
-    """The axes of a new figure as wide as a column, with no window and no pyplot."""
+    """The axes of a new figure as wide as a column, without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,0 +1,212 @@
+"""Cells of dm-haiku and equinox as steps, against the unrolled graph."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from oracles import check, check_cotangents, drifting, moving, random_like, reach, refill
+from test_replayed import again
+
+import jaxbptt
+
+WINDOW, LENGTH = 3, 4
+B, D, H = 3, 6, 8
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    # Half the time goes into compiling, and what XLA makes of a program is held elsewhere.
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"):  # haiku's dropout multiplies by a bool
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+class Case(NamedTuple):
+    step: Any
+    params: Any
+    carry: Any
+
+
+def draw(seed, *shape, scale=0.5):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape))
+
+
+def filled(tree, seed):
+    return refill(tree, [draw(seed + i, *v.shape) for i, v in enumerate(moving(tree))])
+
+
+def held(name, case, xs, how):
+    label = f"{name} | {how}"
+    return hold_scan(case, xs, label) if how == "scan" else hold_recorder(case, xs, how, label)
+
+
+def hold_recorder(case, xs, weights, label):
+    # For parameters that change, "current" is defined by residuals and not by a graph.
+    thetas = [case.params] * LENGTH if weights == "current" else drifting(case.params, LENGTH)
+    run = oracles.Run(case.step, thetas, case.carry, xs, LENGTH)
+    carries, ys = run.trajectory
+    ct_y, ct_carry = random_like(ys[0], 1), random_like(carries[0], 2)
+    rec = jaxbptt.record(case.step, window=WINDOW, weights=weights)
+    rows = jax.tree.map(lambda v: v[None], ct_y)
+
+    @jax.jit
+    def one(theta, tape, x):
+        tape, y = rec(theta, tape, x)
+        return tape, y, rec.pullback(theta, tape, rows, ct_carry)
+
+    tape = rec.init(case.params, case.carry, jax.tree.map(lambda v: v[0], xs))
+    for t in range(1, LENGTH + 1):
+        tape, y, ct = one(thetas[t - 1], tape, run.xs[t - 1])
+        check(label, (tape.carry, y), (carries[t - 1], ys[t - 1]), 1e-12)
+        if weights == "replayed":
+            of_window = again(run, thetas, t, WINDOW)
+            want = of_window.unrolled(of_window.length, 1, [ct_y], ct_carry)
+        else:
+            want = run.unrolled(t, reach(t, WINDOW), [ct_y], ct_carry)
+        check_cotangents(label, ct, want, 1e-12)
+
+
+def hold_scan(case, xs, label):
+    run = oracles.Run(case.step, case.params, case.carry, xs, LENGTH)
+    carries, ys = run.trajectory
+    cts = random_like((carries[0], oracles.stack(ys)), 1)
+
+    def total(params):
+        f = functools.partial(case.step, refill(case.params, params))
+        out = jaxbptt.scan(f, case.carry, xs, window=WINDOW)
+        return sum(jnp.sum(a * b) for a, b in zip(moving(cts), moving(out), strict=True))
+
+    want = run.whole(WINDOW, 1, oracles.unstack(cts[1], LENGTH), cts[0])
+    check(label, jax.jit(jax.grad(total))(moving(case.params)), want.params, 1e-12)
+
+
+HOWS = pytest.mark.parametrize("how", ["stored", "current", "replayed", "scan"])
+
+
+# --------------------------------------------------------------------------- dm-haiku
+
+
+def haiku_cell(name):
+    """Haiku puts x before the state, and the output before the new state."""
+    hk = pytest.importorskip("haiku")
+    core = getattr(hk, name)
+    net = hk.without_apply_rng(hk.transform(lambda x, carry: core(H)(x, carry)))
+    start = hk.without_apply_rng(hk.transform(lambda: core(H).initial_state(B)))
+    carry = start.apply({})
+
+    def step(params, carry, x):
+        y, carry = net.apply(params, x, carry)
+        return carry, y
+
+    params = net.init(jax.random.key(0), jnp.zeros((B, D)), carry)
+    return Case(step, filled(params, 1), filled(carry, 50))
+
+
+@HOWS
+@pytest.mark.parametrize("name", ["VanillaRNN", "GRU", "LSTM"])
+def test_a_haiku_core(name, how):
+    held(f"haiku {name}", haiku_cell(name), draw(99, LENGTH, B, D), how)
+
+
+@HOWS
+def test_a_haiku_model_with_dropout_and_state(how):
+    """With `transform_with_state`: its state and the key of the next step are in the carry."""
+    hk = pytest.importorskip("haiku")
+
+    def model(x, carry):
+        y, carry = hk.DeepRNN([hk.GRU(H), jnp.tanh, hk.LSTM(7)])(x, carry)
+        mean = hk.get_state("mean", y.shape[1:], y.dtype, init=jnp.zeros)
+        hk.set_state("mean", 0.8 * mean + 0.2 * y.mean(0))
+        return hk.dropout(hk.next_rng_key(), 0.4, y - mean[None]), carry
+
+    net = hk.transform_with_state(model)
+
+    def step(params, carry, x):
+        carry, state, key = carry
+        key, now = jax.random.split(key)
+        (y, carry), state = net.apply(params, state, now, x, carry)
+        return (carry, state, key), y
+
+    cores = draw(50, B, H), hk.LSTMState(draw(51, B, 7), draw(52, B, 7))
+    params, state = net.init(jax.random.key(0), jnp.zeros((B, D)), cores)
+    carry = cores, state, jax.random.key(3)
+    held("haiku with state", Case(step, filled(params, 1), carry), draw(99, LENGTH, B, D), how)
+
+
+# --------------------------------------------------------------------------- equinox
+
+
+@HOWS
+@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell"])
+def test_an_equinox_cell(name, how):
+    """A cell is a pytree of arrays alone, so it is params; `vmap` gives it its batch."""
+    eqx = pytest.importorskip("equinox")
+    cell = getattr(eqx.nn, name)(D, H, key=jax.random.key(0))
+
+    def step(cell, carry, x):
+        carry = jax.vmap(cell)(x, carry)
+        return carry, carry[0] if name == "LSTMCell" else carry
+
+    carry = (draw(50, B, H), draw(51, B, H)) if name == "LSTMCell" else draw(50, B, H)
+    held(f"equinox {name}", Case(step, filled(cell, 1), carry), draw(99, LENGTH, B, D), how)
+
+
+def equinox_model(eqx):
+    class Model(eqx.Module):
+        cell: eqx.nn.GRUCell
+        head: eqx.nn.MLP  # its activation function is a leaf, though no array
+
+        def __call__(self, carry, x):
+            carry = self.cell(x, carry)
+            return carry, self.head(carry)
+
+    keys = jax.random.split(jax.random.key(0))
+    return Model(eqx.nn.GRUCell(D, H, key=keys[0]), eqx.nn.MLP(H, 2, 5, 1, jnp.tanh, key=keys[1]))
+
+
+@HOWS
+def test_an_equinox_module_that_is_partitioned(how):
+    eqx = pytest.importorskip("equinox")
+    params, static = eqx.partition(equinox_model(eqx), eqx.is_inexact_array)
+
+    def step(params, carry, x):
+        return jax.vmap(eqx.combine(params, static))(carry, x)
+
+    case = Case(step, filled(params, 1), draw(50, B, H))
+    held("equinox partitioned", case, draw(99, LENGTH, B, D), how)
+
+
+def test_equinox_own_gradient_inside_the_loop():
+    eqx = pytest.importorskip("equinox")
+    model = equinox_model(eqx)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    rec = jaxbptt.record(lambda p, c, x: jax.vmap(eqx.combine(p, static))(c, x), window=WINDOW)
+    xs, tape = draw(99, LENGTH, B, D), None
+
+    @eqx.filter_jit
+    @functools.partial(eqx.filter_value_and_grad, has_aux=True)
+    def grad(model, tape, x):
+        tape, y = rec(eqx.filter(model, eqx.is_inexact_array), tape, x)
+        return jnp.sum(y), tape
+
+    tape = rec.init(params, jnp.zeros((B, H)), xs[0])
+    run = oracles.Run(rec.step, params, jnp.zeros((B, H)), xs, LENGTH)
+    for t in range(1, LENGTH + 1):
+        (_, tape), grads = grad(model, tape, xs[t - 1])
+        want = run.unrolled(t, reach(t, WINDOW), [jnp.ones((B, 2))])
+        check("equinox, filter_grad", eqx.filter(grads, eqx.is_array), want.params, 1e-12)
+
+
+def test_an_equinox_module_with_a_function_among_its_leaves_is_refused_with_a_remedy():
+    eqx = pytest.importorskip("equinox")
+    model = equinox_model(eqx)
+    rec = jaxbptt.record(lambda model, c, x: jax.vmap(model)(c, x), window=WINDOW)
+    with pytest.raises(
+        ValueError, match=r"params\.head\.activation must be an array .* close over"
+    ):
+        rec.init(model, jnp.zeros((B, H)), jnp.zeros((B, D)))
