@@ -61,8 +61,7 @@ def plot_by_lag(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: `lags` are no norms, `names` are not one for each leaf of the carry, or
-            another argument is not as above.
+        ValueError: `lags` are no norms, or another argument is not as above.
 
     Example:
         After `pip install 'jaxbptt[plot]'`::
@@ -103,15 +102,9 @@ def draw_norms(
     burn_in: int | None = None,
     thin: str | None = None,
 ) -> "Line2D":
-    """Draws norms and, dashed, their fitted decay, whose rate goes into the label.
+    """Draws norms (window,) and, dashed, their fitted decay, whose rate goes behind the name.
 
-    Args:
-        ax: where to draw.
-        norms: (window,), lag 0 first; zeros are left out.
-        name: the start of the label.
-        colour: of the line.
-        burn_in: as for `fit_decay`.
-        thin: the style of a line without dots and dashes; None for one with them.
+    With `thin`, the style of the line, there are no dots and no dashes.
     """
     from matplotlib.colors import to_rgba
 
@@ -120,14 +113,15 @@ def draw_norms(
     fit = fit_line(jnp.asarray(norms), burn_in)
     rate = float(fit.rate)
     label = f"{name}  {_rounded(rate)} per step" if rate > 0 else name
-    shown = np.where(norms > 0, norms, np.nan)  # nothing to draw on a logarithmic axis
+    seen = _seen(norms)
+    shown = np.where(seen, norms, np.nan)
     faint = to_rgba(colour, 1 if thin else 0.4)
     (line,) = ax.plot(lags, shown, thin or "-", color=faint, linewidth=0.8, label=label)
     line.set(markeredgecolor=colour, markerfacecolor=colour, markersize=4)
-    if not thin or np.count_nonzero(norms) == 1:
+    if not thin or np.count_nonzero(seen) == 1:
         line.set_marker(".")
     if rate > 0 and not thin:
-        fitted = lags[int(fit.first) : np.flatnonzero(norms)[-1] + 1]
+        fitted = lags[int(fit.first) : np.flatnonzero(seen)[-1] + 1]
         ax.plot(fitted, np.asarray(fit.at(fitted)), "--", color=_INK, linewidth=0.7, zorder=3)
     return line
 
@@ -160,16 +154,19 @@ def _parts(lags: ByLag, names: PyTree) -> list[tuple[str, Any]]:
             f"names must be one string for each of the {len(leaves)} leaves of the carry, but got "
             f"{names!r}. Leave it out for their paths."
         )
-    return [(name, v) for name, (_, v) in zip(given, leaves, strict=True) if np.any(v)]
+    return [(name, v) for name, (_, v) in zip(given, leaves, strict=True) if _seen(v).any()]
 
 
 def _contributions(lags: ByLag, params: str | None) -> list[tuple[str, Any]]:
-    if params is None:
-        return []
     leaves = [(f"params{keystr(path)}", v) for path, v in tree_leaves_with_path(lags.params)]
     if params == "all":
         leaves = [("parameters", np.hypot.reduce([np.asarray(v) for _, v in leaves]))]
-    return [(name, v) for name, v in leaves if np.any(v)]
+    return [(name, v) for name, v in leaves if params and _seen(v).any()]
+
+
+def _seen(norms: Any) -> Any:
+    """What has a place on a logarithmic axis."""
+    return (norms > 0) & np.isfinite(norms)
 
 
 def _draw_window(ax: "Axes", decay: Decay, share: float, *, named: bool) -> None:
@@ -177,7 +174,7 @@ def _draw_window(ax: "Axes", decay: Decay, share: float, *, named: bool) -> None
     end, window, percent = int(decay.window_for(share)), len(decay.share), f"{100 * share:.3g} %"
     words = f"{percent} within {end:,} step{'s' * (end > 1)}"
     if end > window:
-        words = f"{words}, by the fit" if decay.rate < 1 else f"no window has {percent}"
+        words = f"{words}, by the fit" if end < 2**31 - 1 else f"no window has {percent}"
     if np.isnan(decay.share[-1]):
         words = f"can't tell what window has {percent}"
     if end <= window:

@@ -437,13 +437,12 @@ def test_hypergradients(weights, every):
         return lax.scan(learner.update, state, CASE.xs(4))[1].loss[-1]
 
     at, eps = (0.2, 1.3, 0.0), 1e-5
-    reverse = jax.jit(jax.grad(after, (0, 1, 2)))(*at)
-    forward = jax.jit(jax.jacfwd(after, (0, 1, 2)))(*at)
-    value = jax.jit(after)
+    reverse, value = jax.jit(jax.grad(after, (0, 1, 2)))(*at), jax.jit(after)
     for i, moved in enumerate(np.eye(3) * eps):
         slope = (value(*(at + moved)) - value(*(at - moved))) / (2 * eps)
         oracles.check("hypergradients, reverse", reverse[i], slope, 1e-7)  # ε² and 1e-16/ε
-        oracles.check("hypergradients, forward", forward[i], reverse[i], 1e-12)
+    forward = jax.jit(jax.jacfwd(after, (0, 1, 2)))(*at)
+    oracles.check("hypergradients, forward", forward, reverse, 1e-12)
 
 
 # ------------------------------------------------------------ clear and evaluate
@@ -489,58 +488,61 @@ def test_evaluate_records_nothing():
 # ------------------------------------------------------------------- not finite
 
 
-def with_trouble(kind):
-    """(loss, inputs): at step 6 something is not finite. x is (input, whether)."""
-    bad = jnp.arange(T) == 5
-    xs = CASE.xs(T)
-    if kind == "x":  # so is the carry then, for good
-        return (lambda y, x: wave(y, x)), (xs.at[5, 0, 0].set(jnp.nan), bad)
+def with_trouble(kind, at):
+    """(loss, inputs): at one step something is not finite. x is (input, whether, carry too)."""
+    xs, bad, carry = CASE.xs(T), jnp.arange(T) == at, jnp.zeros(T)
+    if kind == "x":  # so are y and the carry, for good
+        return wave, (xs.at[at, 0, 0].set(jnp.nan), bad, carry)
+    if kind == "carry":
+        return wave, (xs, bad, carry.at[at].set(jnp.inf))
     if kind == "loss":
-        return (lambda y, x: wave(y, x) + jnp.where(x[1], jnp.inf, 0.0)), (xs, bad)
+        return (lambda y, x: wave(y, x) + jnp.where(x[1], jnp.inf, 0.0)), (xs, bad, carry)
 
     def root(y, x):  # finite, and its derivative at 0 is not
         return wave(y, x) + jnp.sqrt(jnp.where(x[1], 0.0 * y[0, 0], 1.0))
 
-    return root, (xs, bad)
+    return root, (xs, bad, carry)
 
 
 def flagged(params, carry, x):
-    return CASE.step(params, carry, x[0])
+    carry, y = CASE.step(params, carry, x[0])
+    return carry + x[2], y
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("kind", ["x", "loss", "gradient"])
+@pytest.mark.parametrize("kind", ["x", "carry", "loss", "gradient"])
 def test_what_is_not_finite_leaves_no_trace(kind, every):
-    loss, xs = with_trouble(kind)
+    at = 5 if kind == "gradient" else 4  # a group's gradient is made at its end
+    loss, xs = with_trouble(kind, at)
     xs = oracles.unstack(xs, T)
     learner = jaxbptt.learner(
         flagged, loss, momentum(), window=3, every=every, on_nonfinite="clear"
     )
     update = jax.jit(learner.update)
     state = learner.init(CASE.params, CASE.carry, xs[0])
-    before, _ = steps(update, state, xs[:5])
-    after, metrics = update(before, xs[5])
-    assert bool(jnp.isfinite(metrics.loss)) == (kind == "gradient")
+    before, _ = steps(update, state, xs[:at])
+    after, metrics = update(before, xs[at])
+    assert bool(jnp.isfinite(metrics.loss)) == (kind in ("carry", "gradient"))
     assert not metrics.updated
     oracles.check("dropped", after[:2], before[:2], 0.0)
     oracles.check("dropped", after.tape.carry, before.tape.carry, 0.0)
-    assert int(after.step) == 6
+    assert int(after.step) == at + 1
     assert int(after.tape.length) == 0
     fresh = learner.init(before.params, before.tape.carry, xs[0])
-    want = steps(update, fresh._replace(opt_state=before.opt_state), xs[6:])
-    got = steps(update, after, xs[6:])
+    want = steps(update, fresh._replace(opt_state=before.opt_state), xs[at + 1 :])
+    got = steps(update, after, xs[at + 1 :])
     oracles.check("after the trouble", (got[0][:2], got[1]), (want[0][:2], want[1]), 0.0)
     assert np.isfinite(got[1].loss).all()
-    assert got[1].updated.sum() == (T - 6) // every
+    assert got[1].updated.sum() == (T - at - 1) // every
 
 
 def test_a_passed_nan_stays():
     """So that the test above shows something."""
-    loss, xs = with_trouble("x")
+    loss, xs = with_trouble("x", 4)
     learner = jaxbptt.learner(flagged, loss, momentum(), window=3)
     state = learner.init(CASE.params, CASE.carry, jax.tree.map(lambda v: v[0], xs))
     state, metrics = scanned(learner)(state, xs)
-    assert np.isnan(metrics.loss[5:]).all()
+    assert np.isnan(metrics.loss[4:]).all()
     assert np.isnan(state.params["wh"]).all()
 
 

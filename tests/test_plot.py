@@ -130,7 +130,16 @@ def test_there_is_no_upright_line_where_no_window_is_long_enough():
     ax = plot_by_lag(nothing)
     assert written(ax) == ["can't tell what window has 95 %"]
     assert not ax.lines
-    assert plot_by_lag(ONE._replace(params={"w": jnp.zeros(24).at[0].set(1.0)}), params=None).texts
+    assert saved(ax)
+    assert "no window has 100 %" in written(plot_by_lag(ONE, share=1))
+
+
+def test_what_has_diverged_is_left_out():
+    lost, high = jnp.full(24, jnp.nan), jnp.asarray(10.0**LAGS).at[20:].set(jnp.inf)
+    ax = plot_by_lag(ONE._replace(carry=[lost, high], params={"w": lost}), share=None)
+    (line,) = labelled(ax).values()
+    np.testing.assert_array_equal(line.get_ydata(), np.where(LAGS < 20, 10.0**LAGS, np.nan))
+    assert "10.00 per step" in line.get_label()
     assert saved(ax)
 
 
