@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 Item = Mapping[str, Any]  # arrays by name
 
 
@@ -41,7 +44,11 @@ class Disk:
     def write(self, step: int, items: Mapping[str, Item], manifest: Item) -> None:
         """Copies the items and starts to write; of items without arrays there is nothing."""
         args = load().args
-        saves = {name: args.StandardSave(dict(tree)) for name, tree in items.items() if tree}
+        saves = {
+            name: args.StandardSave({key: _given(array) for key, array in tree.items()})
+            for name, tree in items.items()
+            if tree
+        }
         saves["manifest"] = args.JsonSave(manifest)
         self._newest = step
         self._open_writer().save(step, args=args.Composite(**saves))
@@ -139,6 +146,15 @@ def load() -> Any:
             "checkpoints need orbax-checkpoint, which is not there. "
             "pip install 'jaxbptt[checkpoint]'"
         ) from cause
+
+
+def _given(array: Any) -> Any:
+    """An array as orbax takes it."""
+    if hasattr(jax, "set_mesh") or not getattr(array, "is_fully_addressable", False):
+        return array
+    # What lies on several devices orbax divides between them, under a mesh that it sets
+    # by a function that JAX 0.7.0 does not have yet.
+    return array if len(array.sharding.device_set) == 1 else np.asarray(array)
 
 
 def first_line(error: Exception) -> str:

@@ -49,6 +49,9 @@ def from_linen(
         TypeError: the module doesn't return a pair; when the step is traced.
         ImportError: flax is not installed.
 
+    Cost:
+        The module's own, and one split of each key.
+
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbptt
         >>> class Cell(nn.Module):
@@ -56,7 +59,8 @@ def from_linen(
         ...     def __call__(self, carry, x, train):
         ...         carry, y = nn.GRUCell(4)(carry, x)
         ...         return carry, nn.Dropout(0.5)(y, deterministic=not train)
-        >>> cell, h, x = Cell(), jnp.zeros((2, 4)), jnp.ones((2, 3))
+        >>> cell = Cell()
+        >>> h, x = jnp.zeros((2, 4), jnp.float32), jnp.ones((2, 3), jnp.float32)
         >>> variables = cell.init(jax.random.key(0), h, x, False)
         >>> rngs = {"dropout": jax.random.key(1)}
         >>> step, params, state = jaxbptt.from_linen(cell, variables, rngs=rngs, train=True)
@@ -115,6 +119,9 @@ def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> tuple[StepFn, Py
         TypeError: the module doesn't return a pair; when the step is traced.
         ImportError: flax is not installed.
 
+    Cost:
+        The module's own.
+
     Example:
         >>> import jax.numpy as jnp, jaxbptt
         >>> from flax import nnx
@@ -124,17 +131,18 @@ def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> tuple[StepFn, Py
         ...         self.dropout = nnx.Dropout(0.5, rngs=rngs)
         ...     def __call__(self, carry, x):
         ...         return super().__call__(self.dropout(carry), x)
-        >>> cell, h, x = Cell(nnx.Rngs(0)), jnp.zeros((2, 4)), jnp.ones((2, 3))
+        >>> cell = Cell(nnx.Rngs(0))
+        >>> h, x = jnp.zeros((2, 4), jnp.float32), jnp.ones((2, 3), jnp.float32)
         >>> step, params, state = jaxbptt.from_nnx(cell)
         >>> tape = jaxbptt.record(step, window=20).init(params, (h, state), x)
     """
     nnx = _check_module(module, "nnx", kwargs)
     filters = (nnx.Param if wrt is None else wrt, nnx.Param, ...)
-    graph, params, constants, state = nnx.split(module, *filters)
+    # Copies, here and in the step: a module that is called changes its variables in place.
+    graph, params, constants, state = nnx.split(nnx.clone(module), *filters)
 
     def step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         carry, state = carry
-        # Without a copy the module would change the caller's state in place.
         called = nnx.merge(graph, params, constants, state, copy=True)
         carry, y = _pair(called(carry, x, **kwargs), module)
         return (carry, nnx.split(called, *filters)[3]), y
@@ -149,7 +157,7 @@ def _next_keys(rngs: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _pair(out: Any, module: Any) -> Any:
-    _errors.is_pair(out, "a pair (carry, y)", f"It is {type(module).__name__} that should.")
+    _errors.is_pair(out, "a pair (carry, y)", f"Let {type(module).__name__} return that.")
     return out
 
 

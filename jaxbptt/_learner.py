@@ -90,7 +90,8 @@ class Learner:
                 None keeps the one on the tape.
 
         Returns:
-            The state, as one that began here.
+            The state, as one that began here. In a compiled loop under `lax.cond` it may have
+            the ring copied at each step; `on_nonfinite="clear"` does not.
 
         Raises:
             ValueError: `state` is not a `LearnerState`, or `carry` not of the carry's type.
@@ -146,8 +147,9 @@ class Learner:
             block: how many steps run in one call; a last block may be shorter.
             callback: called after each block as `callback(state, metrics)`, with metrics of
                 shape (steps, ...). What it keeps of the state it must copy, as a checkpoint
-                does, for the next block writes over it. If it returns something true the run
-                ends; inputs read ahead, at most a block, are then left out.
+                does, for the next block writes over it. If it returns something true (as some
+                libraries' save does) the run ends; inputs read ahead, at most a block, are
+                then left out.
             progress: True, or a description, for a progress bar (needs tqdm).
 
         Returns:
@@ -209,8 +211,9 @@ def learner(
             "stored", those of their time; "current" or "replayed", those of now.
         on_nonfinite: what follows on a NaN or an infinity in the loss, the new carry or the
             gradient. "pass": nothing. "clear": the step leaves its trace in the metrics alone.
-            Parameters and optimiser stay, the carry goes back to what entered the step,
-            and the recorded steps and pending cotangents are forgotten.
+            Parameters and optimiser stay, the carry goes back to what entered the step, and the
+            recorded steps and pending cotangents are forgotten. (A carry from which no step
+            is finite then stays; put in another with `Learner.clear`.)
 
     Returns:
         A `Learner`: hashable, and equal to one made of the same arguments.

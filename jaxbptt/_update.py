@@ -16,7 +16,7 @@ from jaxbptt._objective import differentiable, judge
 from jaxbptt._optimizer import Optimizer, trainable
 from jaxbptt._record import Recorder
 from jaxbptt._tape import Tape
-from jaxbptt._types import PyTree, varying
+from jaxbptt._types import PyTree
 
 
 def update(
@@ -67,15 +67,9 @@ def _recorded(rec: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tap
 
 
 def _gradient(rec: Recorder, params: PyTree, tape: Tape, ct_ys: PyTree) -> PyTree:
-    """The direction of steepest ascent: conjugate where complex, of all devices together."""
-
-    def one(param: jax.Array, ct: jax.Array) -> jax.Array:
-        axes = tuple(sorted(varying(jax.typeof(ct)) - varying(jax.typeof(param))))
-        ct = lax.psum(ct, axes) if axes else ct
-        return jnp.conj(ct) if jnp.iscomplexobj(ct) else ct
-
-    ct = rec.pullback(params, tape, ct_ys).params
-    return jax.tree.map(one, trainable(params), trainable(ct))
+    """The direction of steepest ascent, which is the conjugate where parameters are complex."""
+    ct = trainable(rec.pullback(params, tape, ct_ys).params)
+    return jax.tree.map(lambda v: jnp.conj(v) if jnp.iscomplexobj(v) else v, ct)
 
 
 def _learned(

@@ -24,7 +24,10 @@ NAMES = [
 ]
 
 
-def of(step, params=1.5, carry=0.5, x=0.25, **options):
+ONE = np.ones(())  # unlike a Python number of a fixed type
+
+
+def of(step, params=ONE, carry=ONE, x=ONE, **options):
     """The fingerprint of a step on arguments of these types."""
     rec = jaxbptt.record(step, **({"window": 3} | options))
     params, carry, x = jax.tree.map(jnp.asarray, (params, carry, x))
@@ -142,7 +145,7 @@ def test_types_count_and_values_of_arguments_do_not():
     def step(w, c, x):
         return both(w * c + x)
 
-    assert of(step) == of(step, 2.5, 1.5, 1.25)
+    assert of(step) == of(step, 2.5 * ONE, 1.5 * ONE, 1.25 * ONE)
     assert of(step) != of(step, x=jnp.zeros(3), carry=jnp.zeros(3))
     product = lambda w, c, x: both(w * c * x)  # noqa: E731
     assert of(product) != of(product, *jnp.zeros(3, jnp.float32))
@@ -168,8 +171,9 @@ def test_names_and_places_do_not_count():
         return both(other(params * carry) + inputs)
 
     assert of(step) == of(renamed)
-    loops = [with_loop(lambda w, c, x: each(w, c, x)[0]) for each in (step, renamed)]
-    assert of(loops[0]) == of(loops[1])
+    assert of(with_loop(lambda *args: step(*args)[0])) == of(
+        with_loop(lambda *args: renamed(*args)[0])
+    )
     rules = [with_rule(lambda v, ct: (ct * jnp.cos(v),)) for _ in range(2)]
     assert of(rules[0]) == of(rules[1])
 

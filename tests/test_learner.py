@@ -348,8 +348,8 @@ needs_eight = pytest.mark.skipif(
 
 
 @needs_eight
-@pytest.mark.parametrize("every", [1, 3])
-def test_shard_map(every):
+@pytest.mark.parametrize(("weights", "every"), [("stored", 1), ("current", 3), ("replayed", 1)])
+def test_shard_map(weights, every):
     h, xs = zoo.normal(1, F64, 16, zoo.H), zoo.normal(2, F64, T, 16, zoo.D)
 
     def loss_on_devices(y, x):
@@ -357,7 +357,9 @@ def test_shard_map(every):
 
     def run(loss):
         def whole(params, h, xs):
-            learner = jaxbptt.learner(CASE.step, loss, momentum(), window=3, every=every)
+            learner = jaxbptt.learner(
+                CASE.step, loss, momentum(), window=3, every=every, weights=weights
+            )
             state = learner.init(params, h, xs[0])
             state, metrics = lax.scan(learner.update, state, xs)
             return state.params, state.tape.carry, metrics

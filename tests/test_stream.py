@@ -81,8 +81,9 @@ def test_is_the_loop_that_it_cuts_up(block, want):
 
 
 def test_reads_the_next_block_while_one_is_on_its_way(monkeypatch):
-    events, scan = [], _stream._scan
+    events, scan, wait = [], _stream._scan, jax.block_until_ready
     monkeypatch.setattr(_stream, "_scan", lambda *a: events.append("start") or scan(*a))
+    monkeypatch.setattr(jax, "block_until_ready", lambda v: events.append("wait") or wait(v))
 
     def reading():
         for x in stream(0, 5):
@@ -91,7 +92,9 @@ def test_reads_the_next_block_while_one_is_on_its_way(monkeypatch):
 
     learner = make()
     learner.run(begun(learner), reading(), block=2, callback=lambda s, m: events.append("told"))
-    assert " ".join(events) == ("read read start read read told start read told start told")
+    assert " ".join(events) == (
+        "read read start read read wait told start read wait told start wait told"
+    )
 
 
 def test_goes_on_where_it_left_off(want):
@@ -279,7 +282,15 @@ def test_a_callback_that_raises(want):
     check_state(learner.run(caught.value.state, stream(12)), want[0])
 
 
-def test_an_interrupt_while_a_block_starts(monkeypatch, want):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as Python handles it, also where the tests were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_a_block_starts(monkeypatch, want, interruptible):
     """The old state is donated and the new one not there yet."""
     scan, calls = _stream._scan, []
 
