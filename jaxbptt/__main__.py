@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import math
 import signal
 import sys
 import tempfile
@@ -13,18 +12,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from jaxbptt._demo_options import parser
 from jaxbptt._demo_text import Text, UsageError, prepare, read
 
 if TYPE_CHECKING:
     from jaxbptt._demo import Model, Run, Settings
     from jaxbptt._demo_look import Seen
+    from jaxbptt._demo_saves import Saves
 
-_LARGEST = 2**31 - 1
 _PROMPT, _SAMPLE = 100, 400  # characters
 
 
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         interrupted, after what there is has been kept.
     """
     try:
-        options = _parser().parse_args(argv)
-        for package in ("optax", "matplotlib", "tqdm"):
+        options = parser().parse_args(argv)
+        for package in ("optax", "matplotlib", "tqdm", "orbax.checkpoint"):
             _need(package)
         return _job(options)
     except UsageError as fault:
@@ -83,11 +83,14 @@ def _job(options: argparse.Namespace) -> int:
         f"tape   {settings.label}, weights {settings.weights}: "
         f"{tape_bytes(model, settings):,} bytes"
     )
+    saves = _saves(options, dataclasses.asdict(settings), text)
+    if saves is None:
+        return 0
     done: list[Seen] = []
     with _interrupts() as stopped:
         for plan in plans:
             if not (done and stopped()):
-                run = _train(model, text, plan, stopped)
+                run = _train(model, text, plan, stopped, saves)
                 done.append(look(model, run, text.held_out, 2 * settings.window))
         prompt = text.held_out[:_PROMPT, -1]
         said = text.decode(sample(model, done[0].run.params, prompt, _SAMPLE, settings.seed))
@@ -95,12 +98,40 @@ def _job(options: argparse.Namespace) -> int:
     _tell(done, said, options.out)
     if stopped():
         last = done[-1].run
-        _say(f"interrupted after {last.steps} of {settings.steps} steps of {last.settings.label}")
+        _say(
+            f"interrupted after {last.steps} of {settings.steps} steps of {last.settings.label}; "
+            "--resume goes on from there"
+        )
         return 130
+    with _writing(options.out):
+        saves.finish()
     return 0
 
 
-def _train(model: "Model", text: Text, settings: "Settings", stopped: Callable[[], bool]) -> "Run":
+def _saves(options: argparse.Namespace, settings: dict[str, Any], text: Text) -> "Saves | None":
+    """Where the job is saved, made ready; None if there is nothing left to do."""
+    from jaxbptt._demo_saves import Saves
+
+    saves = Saves.of(options.out, options.save_every, settings, text, _say)
+    with _writing(options.out):
+        going_on = saves.resume() if options.resume else False
+        if going_on is None:
+            _say(f"the job in {options.out} is finished: there is nothing to go on with")
+            return None
+        if not going_on:
+            if options.resume:
+                _say(f"there is no interrupted job in {options.out}: beginning one")
+            saves.begin()
+    return saves
+
+
+def _train(
+    model: "Model",
+    text: Text,
+    settings: "Settings",
+    stopped: Callable[[], bool],
+    saves: "Saves",
+) -> "Run":
     """Trains under a progress bar."""
     from tqdm import tqdm
 
@@ -112,7 +143,7 @@ def _train(model: "Model", text: Text, settings: "Settings", stopped: Callable[[
             bar.set_postfix_str(f"{bits:.3f} bits per character", refresh=False)
             bar.update(steps)
 
-        return train(model, text.train, settings, report=report, stopped=stopped)
+        return train(model, text.train, settings, report=report, stopped=stopped, saves=saves)
 
 
 @contextlib.contextmanager
@@ -173,57 +204,6 @@ def _say(words: str) -> None:
     shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in words)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(shown.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says a fault in one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="jaxbptt",
-        description="Trains a character-level recurrent language model online on real text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, count = parser.add_argument, _whole(1)
-    add("--text", metavar="FILE", help="UTF-8 text; without it the documentation inside Python")
-    add("--window", type=count, default=20, help="how many steps the gradient reaches back")
-    add("--every", type=count, default=1, help="after how many steps there is a gradient")
-    add(
-        "--weights", choices=("stored", "current"), default="current", help="each step's or today's"
-    )
-    add("--cell", choices=("rnn", "gru", "lstm"), default="gru")
-    add("--hidden", type=count, default=128, help="size of the cell")
-    add("--batch", type=count, default=32, help="streams in parallel")
-    add("--steps", type=count, default=8000)
-    add("--seed", type=_whole(0), default=0)
-    add("--learning-rate", type=_positive, default=0.005, help="of Adam; it falls to 0")
-    add("--out", type=Path, default=Path("runs/text"), metavar="DIR", help="for the results")
-    add("--no-baseline", action="store_true", help="leave out the run with --window 1")
-    return parser
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def convert(given: str) -> int:
-        with contextlib.suppress(ValueError):
-            if least <= int(given) <= _LARGEST:
-                return int(given)
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from {least} to {_LARGEST}, but got {given!r}"
-        )
-
-    return convert
-
-
-def _positive(given: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(given) < math.inf:
-            return float(given)
-    raise argparse.ArgumentTypeError(f"must be a positive number, but got {given!r}")
 
 
 def _need(package: str) -> None:

@@ -1,5 +1,6 @@
 """The main job's model and its online training: a gradient and an update at every step."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxbptt._demo_saves import Progress, Saves
 from jaxbptt._demo_text import Symbols, UsageError
 from jaxbptt._learner import Learner, learner
 from jaxbptt._learner_state import LearnerState, Metrics
@@ -135,6 +137,7 @@ def train(
     *,
     report: Callable[[int, float], None],
     stopped: Callable[[], bool],
+    saves: Saves | None = None,
 ) -> Run:
     """Trains online, step by step through `batch` parallel streams.
 
@@ -147,33 +150,44 @@ def train(
         settings: the settings.
         report: called after each block with its steps and bits per character.
         stopped: asked after each block whether to leave off.
+        saves: where to go on from, and to save; None for neither.
 
     Raises:
         UsageError: the loss is no longer finite.
     """
     online = online_learner(model, settings)
-    curve: list[tuple[int, float]] = []
+    now = Progress(begin(online, model, settings))
+    with contextlib.ExitStack() as stack:
+        saved = saves and stack.enter_context(saves.of_run(settings.label, online))
+        if saved:
+            now = saved.restored(now)
+            if now.curve:
+                report(*now.curve[-1])
+        left = settings.steps - now.steps
+        for steps in {min(BLOCK, left), left % BLOCK}:
+            # Compiled before the clock starts; what these steps learn is thrown away.
+            few = _stream(symbols, settings.batch, 0, steps)
+            online.run(begin(online, model, settings), few, block=BLOCK)
+        clock = time.perf_counter() - now.seconds
 
-    def callback(state: LearnerState, metrics: Metrics) -> bool:
-        done, bits = int(state.step), float(metrics.aux.mean()) / math.log(2)
-        if not math.isfinite(bits):
-            raise UsageError(
-                f"the loss is not finite after {done} steps of {settings.label}. "
-                "Lower --learning-rate."
-            )
-        curve.append((done, bits))
-        report(len(metrics.loss), bits)
-        return stopped()
+        def callback(state: LearnerState, metrics: Metrics) -> bool:
+            bits = float(metrics.aux.mean()) / math.log(2)
+            now.state, now.seconds = state, time.perf_counter() - clock
+            if not math.isfinite(bits):
+                raise UsageError(
+                    f"the loss is not finite after {now.steps} steps of {settings.label}. "
+                    "Lower --learning-rate."
+                )
+            now.curve.append((now.steps, bits))
+            report(len(metrics.loss), bits)
+            last = stopped() or now.steps == settings.steps
+            if saved:
+                saved.save(now, last=last)
+            return last
 
-    for steps in {min(BLOCK, settings.steps), settings.steps % BLOCK}:
-        # Compiled before the clock starts; what these steps learn is thrown away.
-        few = _stream(symbols, settings.batch, steps)
-        online.run(begin(online, model, settings), few, block=BLOCK)
-    state, clock = begin(online, model, settings), time.perf_counter()
-    stream = _stream(symbols, settings.batch, settings.steps)
-    state = online.run(state, stream, block=BLOCK, callback=callback)
-    seconds = time.perf_counter() - clock
-    return Run(settings, state.params, curve, int(state.step), seconds, state.tape.nbytes)
+        stream = _stream(symbols, settings.batch, now.steps, settings.steps)
+        state = online.run(now.state, stream, block=BLOCK, callback=callback)
+    return Run(settings, state.params, now.curve, now.steps, now.seconds, state.tape.nbytes)
 
 
 def online_learner(model: Model, settings: Settings) -> Learner:
@@ -206,10 +220,12 @@ def tape_bytes(model: Model, settings: Settings) -> int:
     return state.tape.nbytes
 
 
-def _stream(symbols: Symbols, batch: int, steps: int) -> Iterator[tuple[Symbols, Symbols]]:
+def _stream(
+    symbols: Symbols, batch: int, start: int, end: int
+) -> Iterator[tuple[Symbols, Symbols]]:
     """Characters' numbers and those of the next ones, for each stream its own place."""
-    place = np.arange(batch) * (len(symbols) // batch)
-    for _ in range(steps):
+    place = (np.arange(batch) * (len(symbols) // batch) + start) % len(symbols)
+    for _ in range(start, end):
         following = (place + 1) % len(symbols)
         yield symbols[place], symbols[following]
         place = following

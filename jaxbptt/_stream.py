@@ -173,7 +173,7 @@ def _progress_bar(xs: Any, progress: bool | str) -> Iterator[Callable[[Metrics],
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError as cause:
         raise ImportError(
-            f"progress={progress!r} needs tqdm, which is not there. pip install 'jaxbptt[demo]'"
+            f"progress={progress!r} needs tqdm, which is not there. pip install 'jaxbptt[train]'"
         ) from cause
     total = len(xs) if hasattr(xs, "__len__") else None
     label = progress if isinstance(progress, str) else None

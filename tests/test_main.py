@@ -229,7 +229,7 @@ def test_updates_where_a_group_is_due():
     plan = dataclasses.replace(SETTINGS, cell="rnn", every=4, steps=80)
     online = _demo.online_learner(model, plan)
     state, update, changed = _demo.begin(online, model, plan), jax.jit(online.update), []
-    for x in _demo._stream(symbols, plan.batch, 8):
+    for x in _demo._stream(symbols, plan.batch, 0, 8):
         new, _ = update(state, x)
         changed.append(bool((new.params["Wh"] != state.params["Wh"]).any()))
         state = new
@@ -420,4 +420,5 @@ def test_a_second_interrupt_does_not_wait(text, tmp_path, monkeypatch, capsys):
     assert main(["--text", str(text), *SMALL, "--steps", "60", "--out", str(tmp_path)]) == 130
     assert "jaxbptt: interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["job.json"]
