@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._types import LeafType, PyTree, TreeType, varying
+from jaxbptt._types import LeafType, PyTree, TreeType, explicit, varying
 
 
 def canonical(tree: PyTree, name: str, *, structs: bool = False, returned: bool = False) -> PyTree:
@@ -71,7 +71,8 @@ def like(aval: Any) -> Any:
 
 def zeros(aval: Any) -> jax.Array:
     """Zeros of a type, varying over the same mesh axes inside `shard_map`."""
-    array = jnp.zeros(aval.shape, aval.dtype)
+    sharding = aval.sharding if isinstance(aval, LeafType) else explicit(aval)
+    array = jnp.zeros(aval.shape, aval.dtype, device=sharding)
     axes = tuple(sorted(aval.varying if isinstance(aval, LeafType) else varying(aval)))
     if not axes:
         return array

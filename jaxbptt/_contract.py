@@ -24,6 +24,7 @@ from jax.extend import core
 
 from jaxbptt._avals import zeros
 from jaxbptt._interpret import ZERO, bind
+from jaxbptt._types import explicit
 
 Atom = Any  # a variable or a literal of a jaxpr, or ZERO
 Env = dict[Any, Any]
@@ -135,6 +136,7 @@ def _product(product: Product, left: jax.Array, right: jax.Array) -> jax.Array:
         (contract, batch),
         precision=precision,
         preferred_element_type=jnp.float32 if _is_narrow(dtype) else dtype,
+        out_sharding=explicit(product.made.aval),
     )
 
 

@@ -1,6 +1,5 @@
 """What a learner carries from step to step, and how a group's cotangents gather in it."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,7 @@ class Pending(NamedTuple):
     def blank(cls, tape: Tape, ct_y: list[LeafType], loss: LeafType) -> "Pending":
         """Nothing gathered yet."""
         rows = rows_of(tape)
-        stacks = [dataclasses.replace(leaf, shape=(rows, *leaf.shape)) for leaf in ct_y]
+        stacks = [leaf.stacked(rows) for leaf in ct_y]
         return cls([zeros(stack) for stack in stacks], zeros(loss))
 
     def with_step(self, tape: Tape, ct_y: list, loss: jax.Array) -> "Pending":

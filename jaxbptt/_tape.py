@@ -89,7 +89,7 @@ jax.tree_util.register_dataclass(
 
 def blank(carry: PyTree, slot: Sequence[LeafType], settings: Settings) -> Tape:
     """A tape with nothing recorded: its slots are zeros that no result ever depends on."""
-    ring = [zeros(dataclasses.replace(leaf, shape=(settings.window, *leaf.shape))) for leaf in slot]
+    ring = [zeros(leaf.stacked(settings.window)) for leaf in slot]
     # Three arrays rather than one thrice: a buffer can be donated only once.
     length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
     return Tape(carry, length, ring, head, phase, settings)
@@ -110,6 +110,7 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
     """Writes one step over the oldest slot and makes `carry` the live one."""
     window, every = tape._settings.window, tape._settings.every
     head = (tape._head + 1) % window
+    _same_sharding(tape._ring, residuals)
     ring = [
         lax.dynamic_update_index_in_dim(leaf, value, head, 0)
         for leaf, value in zip(tape._ring, residuals, strict=True)
@@ -122,6 +123,23 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
         _head=head,
         _phase=tape._phase % every + 1,
     )
+
+
+def _same_sharding(ring: Sequence[jax.Array], residuals: Sequence[jax.Array]) -> None:
+    """Says which types differ where JAX would speak of the ring's write."""
+    for leaf, value in zip(map(leaf_type, ring), map(leaf_type, residuals), strict=True):
+        slot = value.stacked(leaf.shape[0]).sharding
+        if leaf.sharding != slot:
+            raise ValueError(
+                "params, carry and x must lie over the Explicit axes of the mesh as those that "
+                f"init was given, but a residual {value} was of {_spec(leaf.sharding)} then and "
+                f"is of {_spec(slot)} now, time in front. Call init with arrays (or structs) of "
+                "the shardings that the loop has."
+            )
+
+
+def _spec(sharding: Any) -> str:
+    return "no sharding" if sharding is None else f"sharding {sharding.spec}"
 
 
 def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any], list[jax.Array]]:

@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PyTree: TypeAlias = Any
 """Any nesting of containers that JAX knows, with arrays (or None) at the leaves."""
@@ -22,17 +23,26 @@ class StepFn(Protocol):
 class LeafType:
     """Shape and dtype of one leaf, equal when these are.
 
-    `varying` (the mesh axes over which the leaf varies inside `shard_map`) rides along
-    and does not count: a tape means the same inside and outside.
+    `varying` (the mesh axes over which the leaf varies inside `shard_map`) and `sharding`
+    (over axes of type Explicit) ride along and do not count: a tape means the same
+    wherever it lies.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     varying: frozenset = dataclasses.field(default=frozenset(), compare=False)
+    sharding: Any = dataclasses.field(default=None, compare=False)
 
     def __str__(self) -> str:
         name = "float0" if self.dtype == jax.dtypes.float0 else self.dtype
         return f"{name}[{','.join(map(str, self.shape))}]"
+
+    def stacked(self, length: int) -> "LeafType":
+        """The type of so many of them, one after another along a new first axis."""
+        sharding = self.sharding
+        if sharding is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return LeafType((length, *self.shape), self.dtype, self.varying, sharding)
 
     @property
     def differentiable(self) -> bool:
@@ -62,7 +72,15 @@ def leaf_type(leaf: Any) -> LeafType:
     """The type of one array, tracer, abstract value or ShapeDtypeStruct."""
     if isinstance(leaf, jax.Array):  # tracers are too
         leaf = jax.typeof(leaf)
-    return LeafType(tuple(leaf.shape), leaf.dtype, varying(leaf))
+    return LeafType(tuple(leaf.shape), leaf.dtype, varying(leaf), explicit(leaf))
+
+
+def explicit(aval: Any) -> NamedSharding | None:
+    """The sharding in an abstract value's type, None where no axis of its mesh is Explicit."""
+    sharding = getattr(aval, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding
 
 
 def varying(aval: Any) -> frozenset:

@@ -41,7 +41,7 @@ hlo = from_file(ROOT / "benchmarks" / "collectives.py")
 # The batch's size is no other's, so that an array of the whole batch can be told by its shape.
 BATCH, INPUTS, HIDDEN, OUTPUTS, T, WINDOW = 40, 3, 96, 80, 6, 4
 WEIGHTS = ["stored", "current", "replayed"]
-KINDS = ["Auto"]
+KINDS = ["Auto", "Explicit"]
 rng = np.random.default_rng(0)
 
 

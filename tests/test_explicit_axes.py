@@ -1,0 +1,162 @@
+"""Meshes whose axes are of type Explicit, where a sharding is part of an array's type."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbptt
+
+BATCH, INPUTS, HIDDEN, T = 8, 3, 16, 12
+rng = np.random.default_rng(0)
+
+
+def draw(*shape):
+    return jnp.asarray(0.5 * rng.normal(size=shape))
+
+
+PARAMS = {"wx": draw(INPUTS, HIDDEN), "wh": draw(HIDDEN, HIDDEN) / 2, "b": draw(HIDDEN)}
+CARRY = {"h": draw(BATCH, HIDDEN), "slow": draw(BATCH, HIDDEN)}
+ARGS = PARAMS, CARRY, draw(T, BATCH, INPUTS)
+
+OVER_DATA = {"wx": P(), "wh": P(), "b": P()}, P("data"), P(None, "data")
+COLUMNS = {"wx": P(None, "model"), "wh": P(None, "model"), "b": P("model")}
+OVER_BOTH = COLUMNS, P("data", "model"), P(None, "data")
+
+
+def step(params, carry, x):
+    h = jnp.tanh(x @ params["wx"] + carry["h"] @ params["wh"] + params["b"][None])
+    slow = 0.9 * carry["slow"] + 0.1 * h
+    return {"h": h, "slow": slow}, h + slow
+
+
+def pulled(params, carry, xs, **settings):
+    rec = jaxbptt.record(step, **settings)
+    tape = rec.init(params, carry, xs[0])
+    tape, ys = lax.scan(lambda tape, x: rec(params, tape, x), tape, xs)
+    ct = rec.pullback(params, tape, 0.3 * ys[-2:], carry)
+    return ct.params, ct.carry, ct.xs
+
+
+def by_lag(params, carry, xs):
+    rec = jaxbptt.record(step, window=4)
+    tape = rec.init(params, carry, xs[0])
+    tape, ys = lax.scan(lambda tape, x: rec(params, tape, x), tape, xs)
+    lags = jaxbptt.gradient_by_lag(rec, params, tape, ys[-1:])
+    return lags.params, lags.carry
+
+
+def online(params, carry, xs, **settings):
+    def update(state, x):
+        params, tape = state
+
+        def loss_fn(params):
+            new_tape, y = rec(params, tape, x)
+            return jnp.mean(y**2), new_tape
+
+        (loss, tape), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return (jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), tape), loss
+
+    rec = jaxbptt.record(step, window=4, **settings)
+    (params, _), losses = lax.scan(update, (params, rec.init(params, carry, xs[0])), xs)
+    return params, losses
+
+
+def learned(params, carry, xs, **settings):
+    optax = pytest.importorskip("optax")
+    learner = jaxbptt.learner(step, lambda y, x: jnp.mean(y**2), optax.adam(1e-2), **settings)
+    state, metrics = lax.scan(learner.update, learner.init(params, carry, xs[0]), xs)
+    return state.params, metrics.loss
+
+
+def scanned(params, carry, xs, **settings):
+    def loss_fn(params, carry, xs):
+        _, ys = jaxbptt.scan(lambda c, x: step(params, c, x), carry, xs, **settings)
+        return jnp.mean(ys**2)
+
+    return jax.grad(loss_fn, argnums=(0, 1, 2))(params, carry, xs)
+
+
+def reset(params, carry, xs):
+    rec = jaxbptt.record(jaxbptt.with_resets(step, carry), window=4)
+    rows = lambda x: (x, x[:, 0] > 0)  # noqa: E731
+    tape = rec.init(params, carry, rows(xs[0]))
+    tape, ys = lax.scan(lambda tape, x: rec(params, tape, rows(x)), tape, xs)
+    return rec.pullback(params, tape, ys[-1:]).params
+
+
+PARTS = {"h": 2, "slow": 5}
+CASES = {
+    "stored": (online, {"weights": "stored"}),
+    "current": (online, {"weights": "current"}),
+    "replayed": (online, {"weights": "replayed"}),
+    "pullback": (pulled, {"window": 4}),
+    "parts": (pulled, {"window": PARTS}),
+    "by lag": (by_lag, {}),
+    "learner": (learned, {"window": 4, "every": 3, "weights": "current"}),
+    "learner that clears": (learned, {"window": 4, "on_nonfinite": "clear"}),
+    "sliding": (scanned, {"window": 4}),
+    "chunks": (scanned, {"window": 4, "every": 4}),
+    "overlapping": (scanned, {"window": 6, "every": 2}),
+    "whole": (scanned, {"window": None}),
+    "scan with parts": (scanned, {"window": PARTS}),
+    "random": (scanned, {"window": jaxbptt.random_window(jax.random.key(0), 4)}),
+    "resets": (reset, {}),
+}
+
+
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def entered(mesh):
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
+
+
+def laid(mesh, specs, args=ARGS):
+    """The arguments over a mesh; a spec is for all leaves below it."""
+    is_spec = lambda v: isinstance(v, P)  # noqa: E731
+    put = lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
+    return jax.tree.map(put, specs, args, is_leaf=is_spec)
+
+
+@pytest.mark.parametrize("specs", [OVER_DATA, OVER_BOTH], ids=["data", "both"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_gives_what_one_device_gives(case, specs):
+    function, settings = CASES[case]
+
+    def run(*args):
+        return function(*args, **settings)
+
+    with entered(mesh()):
+        args = laid(mesh(), specs)
+        got = jax.jit(run)(*args)
+    oracles.check("explicit axes", jax.device_get(got), jax.jit(run)(*ARGS), 1e-12)
+    if case in {"stored", "learner", "sliding"}:  # params, and their gradients, where params are
+        for new, old in zip(*map(jax.tree.leaves, (got[0], args[0])), strict=True):
+            assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+def test_the_ring_lies_where_the_residuals_do():
+    with entered(mesh()):
+        params, carry, xs = laid(mesh(), OVER_BOTH)
+        rec = jaxbptt.record(step, window=4)
+        tape = rec.init(params, carry, xs[0])
+        assert sum(leaf.sharding.is_fully_replicated for leaf in tape._ring) == 0
+        tape, _ = jax.jit(rec, donate_argnums=1)(params, tape, xs[0])
+        assert tape.carry["h"].sharding.spec == P("data", "model")
+
+
+def test_a_tape_that_lies_elsewhere_is_said():
+    with entered(mesh()):
+        params, carry, xs = laid(mesh(), OVER_DATA)
+        rec = jaxbptt.record(step, window=4)
+        tape = rec.init(params, carry, jnp.zeros((BATCH, INPUTS)))
+        with pytest.raises(
+            ValueError, match=r"was of sharding .* then and is of .* Call init with"
+        ):
+            rec(params, tape, xs[0])
