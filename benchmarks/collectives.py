@@ -89,6 +89,25 @@ def arrays(text: str) -> set[str]:
     return {f"{dtype}[{shape}]" for dtype, shape in _ARRAY.findall(text)}
 
 
+def instructions(text: str, opcodes: str) -> list[tuple[int, str, str]]:
+    """The instructions of a program with such an opcode (a regular expression).
+
+    Returns:
+        For each how many loops are around it, its opcode, and the shape of what it makes.
+    """
+    computations = _computations(text)
+    around = _loops_around(computations)
+    # Of a tuple, such as a product and its scratch memory, the first counts.
+    made = r"\(?(\w+\[[\d,]*\])[^=]*"
+    pattern = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = {made}? ({opcodes})\(")
+    return [
+        (len(around(name)[0]), match[2], match[1])
+        for name, lines in computations.items()
+        for match in map(pattern.match, lines)
+        if match
+    ]
+
+
 def _computations(text: str) -> dict[str, list[str]]:
     computations: dict[str, list[str]] = {}
     lines: list[str] = []

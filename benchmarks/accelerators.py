@@ -1,0 +1,109 @@
+"""Compiles the online loop and `scan` for a TPU v5e or an H100 that need not be there.
+
+    python benchmarks/accelerators.py tpu                     # needs libtpu
+    python benchmarks/accelerators.py h100                    # needs jax-cuda12-plugin, -pjrt
+
+prints a line of JSON for each program: bytes of temporaries, and in how many loops its ring-shaped
+copies and its weight-sized products are. All programs are a loop over updates; the loop over
+the lags is inside it. How fast it would run, a compiler can't say.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import collectives
+import jax
+import jax.numpy as jnp
+import ways
+from cells import Shape, problem
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+SHAPE = Shape("LSTM", 32, 128, 256, 20)
+STEPS = 60
+H100 = Path(__file__).parent / "h100.txtpb"
+PRODUCTS = "dot|convolution|custom-call"
+
+
+def device(target):
+    """A device of the target, for the compiler only."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    jax.config.update("jax_platforms", "cpu")  # or the plugin looks for a device
+    if target == "tpu":
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    return topologies.get_topology_desc(
+        "1x1x1", platform="cuda", target_config=H100.read_text(), topology="1x1x1"
+    ).devices[0]
+
+
+def in_bfloat16(model):
+    """Products of bfloat16, added up in float32; parameters, gates and carry in float32."""
+
+    def step(params, carry, x):
+        (h, c), narrow = carry, jnp.bfloat16
+        products = x.astype(narrow) @ params["wx"].astype(narrow)
+        products += h.astype(narrow) @ params["wh"].astype(narrow)
+        i, f, g, o = jnp.split(products.astype(jnp.float32) + params["b"], 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    return dataclasses.replace(model, step=step)
+
+
+def programs(shape):
+    """Each program's (function, state)."""
+    model, window = problem(shape, STEPS), shape.window
+    narrow = in_bfloat16(model)
+    return {
+        "re-run": ways.rerun(model, window),
+        "current": ways.recorded(model, window, "current"),
+        "stored": ways.recorded(model, window, "stored"),
+        "bfloat16 re-run": ways.rerun(narrow, window),
+        "bfloat16 current": ways.recorded(narrow, window, "current"),
+        "grad(lax.scan)": ways.chunks(model, window),
+        "jaxbptt.scan": ways.scanned_chunks(model, window),
+    }
+
+
+def facts(compiled, shape):
+    """What the compiled program says."""
+    text = compiled.as_text()
+    ring = f"[{shape.window},"
+    # A copy-start moves between the memories of a TPU, and is no copy beside another.
+    copies = collectives.instructions(text, "copy")
+    products = collectives.instructions(text, PRODUCTS)
+    weights = 4 * shape.hidden**2  # numbers, in whatever shape and however many pieces
+    return {
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "ring copies by depth": sorted(depth for depth, _, s in copies if ring in s),
+        "weight products by depth": sorted(d for d, _, s in products if numbers(s) >= weights),
+    }
+
+
+def numbers(shape):
+    """How many there are in an array, such as 12 in "f32[3,4]"."""
+    return math.prod(int(n) for n in shape.split("[")[1].rstrip("]").split(",") if n)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=("tpu", "h100"))
+    parser.add_argument("--text", type=Path, help="a folder for the programs' texts")
+    args = parser.parse_args()
+    where = SingleDeviceSharding(device(args.target))
+    for name, (function, state) in programs(SHAPE).items():
+        like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where), state)
+        compiled = function.lower(like).compile()
+        if args.text:
+            args.text.mkdir(exist_ok=True, parents=True)
+            (args.text / f"{name}.txt").write_text(compiled.as_text())
+        print(json.dumps({"program": name} | facts(compiled, SHAPE)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

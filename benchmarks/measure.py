@@ -1,0 +1,121 @@
+"""How the benchmarks measure: interleaved medians, rates, operations, compile time."""
+
+import functools
+import math
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def seconds(call):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def medians(contestants, repeats):
+    """Seconds per call of each name's (function, state), run in turn; a first call compiles."""
+    states, took = {}, {name: [] for name in contestants}
+    for name, (function, state) in contestants.items():
+        own = jax.tree.map(jnp.copy, state)  # contestants share parameters, and donate
+        states[name] = jax.block_until_ready(function(own))[0]
+    for _ in range(repeats):
+        for name, (function, _) in contestants.items():
+            start = time.perf_counter()
+            states[name] = jax.block_until_ready(function(states[name]))[0]
+            took[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
+def compile_seconds(contestants, repeats):
+    """Seconds to trace and compile each name's (function, state), in turn, from cold caches."""
+    took = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, make in contestants.items():
+            jax.clear_caches()
+            function, state = make()
+            start = time.perf_counter()
+            function.lower(state).compile()
+            took[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
+SIZE = 1536
+
+
+def product():
+    """A large float32 matrix product, to run in turn with what is held against its rate."""
+    a = jax.random.normal(jax.random.key(0), (SIZE, SIZE)) / SIZE**0.5
+    return jax.jit(lambda b: (a @ b, None), donate_argnums=0), a
+
+
+def copy():
+    """256 MB read and written in place, for the rate of memory."""
+    return jax.jit(lambda a: (-a, None), donate_argnums=0), jnp.zeros(2**26)
+
+
+def rates(took):
+    """Operations and bytes per second, from the medians of `product` and `copy`."""
+    return 2 * SIZE**3 / took["product"], 2 * 4 * 2**26 / took["copy"]
+
+
+def least(problem, window):
+    """The least that one online step takes: operations of its products, and bytes moved.
+
+    Products: those of one step and of `window` pullbacks to carry and parameters. Bytes: what
+    `jax.vjp` keeps of the window beside parameters, read once and written for one step; the
+    parameters read, and their gradient and they written.
+    """
+    x = jax.tree.map(lambda v: v[0], problem.xs)
+    args = problem.params, problem.carry
+    step = lambda p, c: problem.step(p, c, x)  # noqa: E731
+    run = products(step, *args)
+    cts = jax.tree.map(jnp.zeros_like, step(*args))
+    both = products(lambda p, c, ct: jax.vjp(step, p, c)[1](ct), *args, cts)
+    size = sum(v.nbytes for v in jax.tree.leaves(problem.params))
+    moved = (window + 1) * residual_bytes(problem) + 3 * size
+    return run + window * (both - run), moved
+
+
+def floor_seconds(operations, moved, took):
+    """Those operations at the best rate, or those bytes copied, whichever takes longer."""
+    multiply, copied = rates(took)
+    return max(operations / multiply, moved / copied)
+
+
+def products(function, *args):
+    """Operations of the matrix products in a function, inner functions included."""
+    return _products(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _products(jaxpr):
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contract)
+            total += 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+        inner = (getattr(value, "jaxpr", value) for value in eqn.params.values())
+        total += sum(_products(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns"))
+    return total
+
+
+def residual_bytes(problem):
+    """Bytes that `jax.vjp` keeps of a step and that change when carry and x do.
+
+    Found by running it on two carries and inputs: what is the same for both depends on the
+    parameters alone.
+    """
+
+    def kept(carry, x):
+        pull = jax.vjp(lambda p, c, x: problem.step(p, c, x), problem.params, carry, x)[1]
+        return jax.tree.leaves(pull)
+
+    rows = [jax.tree.map(lambda v, i=i: v[i], problem.xs) for i in (0, 1)]
+    step = functools.partial(problem.step, problem.params)
+    carry, _ = lax.scan(step, problem.carry, problem.xs)
+    one, other = jax.jit(kept)(problem.carry, rows[0]), jax.jit(kept)(carry, rows[1])
+    return sum(a.nbytes for a, b in zip(one, other, strict=True) if not bool((a == b).all()))

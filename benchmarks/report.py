@@ -1,0 +1,222 @@
+"""Writes the tables and plots of the online benchmarks from what was measured."""
+
+import statistics
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+OURS, THEIRS, FLOOR = "#0072B2", "#D55E00", "#666666"  # told apart by the colour-blind too
+CURVES = ("window", "batch", "hidden")
+_AT = {"window": 4, "batch": 1, "hidden": 3}
+MARK = "<!-- Below this line: written by hand. -->"
+
+
+def write(results, out):
+    """`RESULTS.md`, whose part below the mark is kept, and the plots beside it."""
+    path = out / "RESULTS.md"
+    by_hand = path.read_text().split(MARK)[1] if path.exists() else "\n"
+    parts = [
+        head(results),
+        goals(results["sections"]),
+        online(results),
+        others(results["sections"]),
+        pictures(results["sections"], out),
+    ]
+    path.write_text("\n\n".join(part for part in parts if part) + f"\n\n{MARK}{by_hand}")
+
+
+def head(results):
+    torch = f", PyTorch {results['torch']}" if results.get("torch") else ""
+    return (
+        "# The online loop: time and memory against every alternative\n\n"
+        f"JAX {results['jax']}{torch}, Python {results['python']}, {results['device']} with "
+        f"{results['cores']} cores, float32. Written by `python benchmarks/all.py`; every ratio is "
+        "of medians of interleaved runs, above one in our favour unless it says otherwise. A shape "
+        "is batch, inputs, hidden, window."
+    )
+
+
+def goals(sections):
+    """Each goal beside what was reached: geometric mean, and the least favourable."""
+    rows = []
+
+    def goal(name, ratios, mean, least, worst=min):
+        ratios = list(ratios)
+        if ratios:
+            reached = statistics.geometric_mean(ratios), worst(ratios)
+            rows.append([name, *(f"{r:.2f}" for r in reached), mean, least])
+
+    found = sections.get("online", [])
+    goal("`current` against re-running", ratios(found, "re-run", "current"), "≥ 2.5", "≥ 1.3")
+    goal("`stored` against re-running", ratios(found, "re-run", "stored"), "≥ 1.0", "≥ 0.6")
+    goal("`current` against a ring of closures", ratios(found, "closures", "current"), "", "")
+    goal(
+        "`current` against PyTorch's sliding loop",
+        ratios(found, "PyTorch", "current"),
+        "≥ 30",
+        "≥ 8",
+    )
+    some = sections.get("every", [])
+    goal(
+        "every 5, window 20, against re-running",
+        ratios(some, "re-run", "current"),
+        "≥ 1.3",
+        "≥ 1.0",
+    )
+    some = sections.get("recording", [])
+    goal(
+        "recording alone: share of the plain loop's speed",
+        ratios(some, "plain", "recorded"),
+        "≥ 0.75",
+        "≥ 0.5",
+    )
+    goal(
+        "bytes of the tape against what `jax.vjp` keeps",
+        ratios(found, "tape", "kept"),
+        "≤ 1.0",
+        "≤ 1.02",
+        max,
+    )
+    some = sections.get("compiling", [])
+    goal(
+        "trace and compile, against one `grad(lax.scan)`",
+        ratios(some, "current", "grad(lax.scan)"),
+        "≤ 1.5",
+        "≤ 2.5",
+        max,
+    )
+    some = {row["shape"][4]: row["current"] for row in sections.get("window", [])}
+    if {20, 200} <= some.keys():
+        goal("time per step, window 200 against 20", [some[200] / some[20]], "≤ 10.5", "", max)
+    large = [r for r in found if r["shape"][1] >= 32 and r["shape"][3] >= 256]
+    goal(
+        "share of the floor, B ≥ 32 and H ≥ 256",
+        ratios(large, "floor", "current"),
+        "≥ 0.6",
+        "≥ 0.45",
+    )
+    columns = ["", "mean", "least favourable", "goal, mean", "goal, least"]
+    return "## Goals\n\n" + table(columns, rows)
+
+
+def ratios(rows, above, below):
+    return [row[above] / row[below] for row in rows if above in row and below in row]
+
+
+def online(results):
+    rows = []
+    for row in results["sections"].get("online", []):
+        ratio = lambda name, row=row: f"{row[name] / row['current']:.2f}" if name in row else ""  # noqa: E731
+        cells = [name(row), *(f"{1e6 * row[k]:.0f}" for k in ("floor", "current", "stored"))]
+        cells += [ratio(k) for k in ("re-run", "closures", "PyTorch")]
+        cells += [f"{row['re-run'] / row['stored']:.2f}", f"{row['floor'] / row['current']:.2f}"]
+        rows.append([*cells, f"{row['tape'] / 1024:.0f}", f"{row['tape'] / row['kept']:.2f}"])
+    columns = [
+        "cell and shape", "floor µs", "`current` µs", "`stored` µs", "re-run ÷ `current`",
+        "closures ÷ `current`", "PyTorch ÷ `current`", "re-run ÷ `stored`", "share of floor",
+        "tape KiB", "of `jax.vjp`'s",
+    ]  # fmt: skip
+    return "## An SGD update at every step\n\n" + table(columns, rows)
+
+
+def others(sections):
+    """The tables of one line for each shape and a column for each contestant, in µs or seconds."""
+    titles = {
+        "every": "## An update every 5 steps, window 20 (µs per step)",
+        "recording": "## Recording without a gradient (µs per step)",
+        "chunks": "## Chunks: a whole window, then one update (µs per step)",
+        "compiling": "## Trace and compile (seconds)",
+    }
+    parts = []
+    for section, title in titles.items():
+        rows = sections.get(section, [])
+        if not rows:
+            continue
+        columns = [k for k in rows[0] if k != "shape"]
+        columns += [k for row in rows for k in row if k not in {*columns, "shape"}]
+        show = (lambda v: f"{v:.2f}") if section == "compiling" else (lambda v: f"{1e6 * v:.0f}")
+        cells = [[name(r), *(show(r[k]) if k in r else "" for k in columns)] for r in rows]
+        parts.append(f"{title}\n\n" + table(["cell and shape", *columns], cells))
+    return "\n\n".join(parts)
+
+
+def name(row):
+    cell, *numbers = row["shape"]
+    return f"{cell} {', '.join(map(str, numbers))}"
+
+
+def table(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def pictures(sections, out):
+    drawn = []
+    if all(sections.get(name) for name in CURVES):
+        figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+        for column, section in zip(axes.T, CURVES, strict=True):
+            curves(column, section, sections[section])
+        axes[0, 0].legend(frameon=False)
+        figure.savefig(out / "cost.png", dpi=110)
+        plt.close(figure)
+        drawn.append("![Time per step and memory against window, batch and hidden size](cost.png)")
+    if sections.get("length"):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+        flat(axes, sections["length"][0])
+        figure.savefig(out / "length.png", dpi=110)
+        plt.close(figure)
+        drawn.append(flat_words(sections["length"][0]))
+    return "\n\n".join(["## Against window, batch, hidden size and length", *drawn])
+
+
+def curves(column, section, rows):
+    """Time above, memory below."""
+    at = [row["shape"][_AT[section]] for row in rows]
+    time, memory = column
+    for key, color, label in (
+        ("re-run", THEIRS, "re-run under jax.grad"),
+        ("current", OURS, "jaxbptt, current"),
+        ("floor", FLOOR, "floor of this machine"),
+    ):
+        style = ":" if key == "floor" else "o-"
+        time.loglog(at, [1e6 * r[key] for r in rows], style, color=color, label=label)
+        if key != "floor":
+            memory.loglog(at, [r[f"{key} bytes"] / 2**20 for r in rows], style, color=color)
+    fixed = {k: rows[0]["shape"][i] for k, i in _AT.items() if k != section}
+    time.set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=9)
+    time.set_ylabel("µs per step")
+    memory.set_ylabel("MiB: state and temporaries")
+    memory.set_xlabel({"window": "window (steps)", "hidden": "hidden size"}.get(section, section))
+    for axis in column:
+        axis.set_xticks(at, map(str, at))
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def flat(axes, row):
+    steps = [row["block"] * (i + 1) / 1e6 for i in range(len(row["seconds"]))]
+    for axis, values, words in (
+        (axes[0], [1e6 * s for s in row["seconds"]], "µs per step"),
+        (axes[1], [b / 2**20 for b in row["resident"]], "resident memory, MiB"),
+    ):
+        axis.plot(steps, values, color=OURS)
+        axis.set_ylim(0, 1.3 * max(values[1:]))
+        axis.set_xlabel("millions of steps")
+        axis.set_ylabel(words)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def flat_words(row):
+    tenth = len(row["seconds"]) // 10
+    early, late = (
+        statistics.median(row["seconds"][s]) for s in (slice(1, 1 + tenth), slice(-tenth, None))
+    )
+    grown = (row["resident"][-1] - row["resident"][1]) / 2**20
+    return (
+        "![Time per step and resident memory over the length of a run](length.png)\n\n"
+        f"Over {len(row['seconds']) * row['block']:,} steps the last tenth takes "
+        f"{late / early:.2f} times as long as the first, and the process's resident memory grows "
+        f"by {grown:.1f} MiB after the second block ({name(row)})."
+    )

@@ -1,0 +1,76 @@
+"""PyTorch's ways, timed in a process of its own that is asked for one shape after another.
+
+    python benchmarks/torch_sliding.py [THREADS]
+
+reads lines `way B D H window steps` and answers each with seconds per step. The ways:
+
+* sliding: the loop of the PyTorch forum's recipe for windows (k1 = 1, k2 = window), every
+  step's graph retained and walked back by hand. An optimiser that steps in place makes
+  PyTorch raise there, so parameters are changed behind autograd's back, through `.data`.
+* chunks: `nn.LSTM` over `window` steps and one backward pass for each.
+"""
+
+import sys
+import time
+
+import torch
+
+RATE = 1e-4
+
+
+def sliding(batch, inputs, hidden, window, steps):
+    """Seconds per step, an SGD update at every one."""
+    cell, xs = torch.nn.LSTMCell(inputs, hidden), torch.randn(steps, batch, inputs)
+    state = torch.zeros(batch, hidden), torch.zeros(batch, hidden)
+    states = [(None, state)]
+    start = None
+    for t, x in enumerate(xs):
+        if t == min(2 * window, steps // 2):
+            start = time.perf_counter(), t
+        before = tuple(v.detach().requires_grad_() for v in states[-1][1])
+        states.append((before, cell(x, before)))
+        states = states[-window:]
+        cell.zero_grad()
+        loss = ((states[-1][1][0] - 0.1) ** 2).mean()
+        loss.backward(retain_graph=True)
+        for k in range(len(states) - 1, 0, -1):
+            if states[k][0] is None or states[k - 1][0] is None:
+                break
+            cts = tuple(v.grad for v in states[k][0])
+            torch.autograd.backward(states[k - 1][1], cts, retain_graph=True)
+        for old, _ in states:
+            for v in old or ():
+                v.grad = None
+        for parameter in cell.parameters():
+            parameter.data -= RATE * parameter.grad
+    return (time.perf_counter() - start[0]) / (steps - start[1])
+
+
+def chunks(batch, inputs, hidden, window, steps):
+    """Seconds per step, an SGD update for every chunk."""
+    model, xs = torch.nn.LSTM(inputs, hidden), torch.randn(steps, batch, inputs)
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    state = torch.zeros(1, batch, hidden), torch.zeros(1, batch, hidden)
+    start = None
+    for t in range(0, steps - window + 1, window):
+        if t == window:
+            start = time.perf_counter(), t
+        ys, state = model(xs[t : t + window], tuple(v.detach() for v in state))
+        optimizer.zero_grad()
+        ((ys - 0.1) ** 2).mean(dim=(1, 2)).sum().backward()
+        optimizer.step()
+    return (time.perf_counter() - start[0]) / (t + window - start[1])
+
+
+def main():
+    if len(sys.argv) > 1:
+        torch.set_num_threads(int(sys.argv[1]))
+    print(torch.__version__, flush=True)
+    for line in sys.stdin:
+        way, *numbers = line.split()
+        seconds = {"sliding": sliding, "chunks": chunks}[way](*map(int, numbers))
+        print(seconds, flush=True)
+
+
+if __name__ == "__main__":
+    main()

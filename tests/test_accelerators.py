@@ -1,0 +1,72 @@
+"""XLA compiles the online loop and `scan` for a TPU and an H100 that are not there, and well.
+
+Needs the compilers: `libtpu` for the one, `jax-cuda12-plugin` and `jax-cuda12-pjrt` of JAX's own
+version for the other. `.ci/run accelerators` installs them where it can.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILERS = {"tpu": ("libtpu", "libtpu"), "h100": ("jax_cuda12_plugin", "jax-cuda12-plugin")}
+
+
+@pytest.fixture(scope="module", params=COMPILERS)
+def programs(request):
+    """What the compiler says of each program, by name."""
+    module, package = COMPILERS[request.param]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {package}, which compiles for a {request.param} that is not there")
+    done = subprocess.run(
+        # A process of its own: the compiler is chosen when JAX starts.
+        [sys.executable, ROOT / "benchmarks" / "accelerators.py", request.param],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {each["program"]: each for each in found}
+
+
+OURS = ["current", "stored", "bfloat16 current"]
+
+
+@pytest.mark.parametrize("name", [*OURS, "jaxbptt.scan"])
+def test_no_copy_of_a_ring_in_the_loop_over_the_lags(name, programs):
+    assert not [depth for depth in programs[name]["ring copies by depth"] if depth >= 2]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_no_copy_of_a_ring_in_the_loop_over_the_updates(name, programs):
+    assert not [depth for depth in programs[name]["ring copies by depth"] if depth >= 1]
+
+
+@pytest.mark.parametrize("name", [*OURS, "jaxbptt.scan"])
+def test_each_weight_is_contracted_outside_the_loop_over_the_lags(name, programs):
+    assert set(programs[name]["weight products by depth"]) == {1}
+
+
+def test_that_is_where_differentiating_the_window_contracts_them(programs):
+    assert 2 in programs["re-run"]["weight products by depth"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("current", "re-run"),
+        ("stored", "re-run"),
+        ("bfloat16 current", "bfloat16 re-run"),
+    ],
+)
+def test_scratch_memory_is_that_of_running_the_window_again_at_most(ours, theirs, programs):
+    # On a TPU both are next to nothing, less than the parameters, and differ by its release.
+    parameters = 4 * (128 + 256 + 1) * 4 * 256
+    assert programs[ours]["temporaries"] <= max(programs[theirs]["temporaries"], parameters)
