@@ -17,6 +17,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from cells import lstm
 from jax import lax
 
 import jaxbptt
@@ -42,16 +43,6 @@ HEADS = [
 ]
 SLIDING = [(1, 128, 256, 50), (8, 128, 256, 50), (32, 128, 256, 50), (32, 64, 64, 100)]
 WINDOW = 16
-
-
-def lstm(params, carry, x):
-    """An LSTM cell; the output is the hidden state."""
-    h, c = carry
-    gates = x @ params["wx"] + h @ params["wh"] + params["b"]
-    i, f, g, o = jnp.split(gates, 4, axis=-1)
-    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-    h = jax.nn.sigmoid(o) * jnp.tanh(c)
-    return (h, c), h
 
 
 def gru(params, carry, x):

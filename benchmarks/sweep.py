@@ -10,13 +10,13 @@ All are compiled before the clock starts; figures are medians of interleaved cal
 
 import argparse
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import optax
+from cells import Shape, problem
 from jax import lax
-from online import lstm, problem
+from measure import seconds
 
 import jaxbptt
 
@@ -24,12 +24,13 @@ import jaxbptt
 SHAPES = [(1, 16, 32, 20), (1, 32, 64, 20), (4, 32, 64, 20), (16, 32, 64, 20)]
 
 
-def trained(params, carry, xs, window):
+def trained(model, window):
     """A function from a learning rate and a key to the mean loss of a whole run."""
+    params, xs = model.params, model.xs
 
     def run(rate, key):
         learner = jaxbptt.learner(
-            lstm,
+            model.step,
             lambda y, x: jnp.mean((y[..., : x.shape[-1]] - jnp.tanh(x)) ** 2),
             optax.inject_hyperparams(optax.adam)(rate),
             window=window,
@@ -40,16 +41,10 @@ def trained(params, carry, xs, window):
             name: value + 0.1 * jax.random.normal(k, value.shape)
             for k, (name, value) in zip(keys, params.items(), strict=True)
         }
-        _, metrics = lax.scan(learner.update, learner.init(first, carry, xs[0]), xs)
+        _, metrics = lax.scan(learner.update, learner.init(first, model.carry, xs[0]), xs)
         return metrics.loss.mean()
 
     return run
-
-
-def seconds(call):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
 
 
 def medians(calls, repeats):
@@ -81,7 +76,7 @@ def main():
     print("| B | D | H | window | members | one at a time, steps/s | vmap | lax.map |")
     print("|---|---|---|---|---|---|---|---|")
     for batch, inputs, hidden, window in SHAPES:
-        run = trained(*problem(batch, inputs, hidden, args.steps), window)
+        run = trained(problem(Shape("LSTM", batch, inputs, hidden, window), args.steps), window)
         for members in args.members:
             calls = contestants(run, members)
             want, *others = (call() for call in calls)

@@ -31,6 +31,7 @@ def test_it_runs_headless(path, nbformat, tmp_path, monkeypatch):
     kernelspec.install(kernel_name="under_test", prefix=str(tmp_path))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share" / "jupyter"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("JAXBPTT_SMALL", "1")  # fewer steps and seeds, where a notebook is long
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(

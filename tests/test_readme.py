@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import jaxbptt
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = "pip install -e '.[demo]' && python -m jaxbptt"
@@ -65,3 +67,8 @@ def test_the_files_that_the_readme_names_exist():
     named = set(re.findall(r"`([\w/]+\.(?:ipynb|md))`", TEXT))
     assert named
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_citation_is_of_this_version():
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    assert cited[1] == jaxbptt.__version__
