@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt import _errors
-from jaxbptt._avals import canonical, stand_in
+from jaxbptt import _errors, _tape
+from jaxbptt._avals import canonical
 from jaxbptt._call import given_window
 from jaxbptt._chain import by_lag, padded
 from jaxbptt._closure import Mask, fill
@@ -92,7 +92,7 @@ def gradient_by_lag(
     if not isinstance(recorder, Recorder):
         raise _errors.not_a_recorder(recorder)
     _errors.is_tape(tape, Tape)
-    params, x = canonical(params, "params"), stand_in(tape._settings.x)
+    params, x = canonical(params, "params"), _tape.some_x(tape)
     closure = recorder._resume(params, tape, x)
     window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
     found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)

@@ -1,5 +1,6 @@
 """What a checkpoint says of itself, and whether a state can go on from it."""
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -150,7 +151,8 @@ def _of_step(rec: Recorder, made: Settings) -> tuple[Slot | None, Manifest]:
     known["x"] = ", ".join(map(str, made.x.leaves))
     params, carry, x = (stand_in(_outside(kind)) for kind in (made.params, made.carry, made.x))
     try:
-        closure = rec._trace(params, carry, x)
+        with _off_any_mesh():
+            closure = rec._trace(params, carry, x)
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -160,9 +162,15 @@ def _of_step(rec: Recorder, made: Settings) -> tuple[Slot | None, Manifest]:
     return slot, {**known, "slot": [*map(str, slot)], "step": fingerprint(closure)}
 
 
+def _off_any_mesh() -> contextlib.AbstractContextManager:
+    """Where a program has no trace of the mesh that the caller has entered."""
+    use = getattr(jax.sharding, "use_abstract_mesh", None)  # JAX 0.7 has none
+    return use(jax.sharding.AbstractMesh((), ())) if use else contextlib.nullcontext()
+
+
 def _outside(kind: TreeType) -> TreeType:
-    """A type as it is outside `shard_map`."""
-    leaves = [dataclasses.replace(leaf, varying=frozenset()) for leaf in kind.leaves]
+    """A type as it is outside `shard_map` and off any mesh."""
+    leaves = [dataclasses.replace(v, varying=frozenset(), sharding=None) for v in kind.leaves]
     return dataclasses.replace(kind, leaves=tuple(leaves))
 
 

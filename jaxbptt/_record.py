@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors, _tape
-from jaxbptt._avals import canonical, stand_in
+from jaxbptt._avals import canonical
 from jaxbptt._call import call, given_window
 from jaxbptt._chain import padded, pull_window
 from jaxbptt._closure import Closure, trace
@@ -121,7 +121,7 @@ class Recorder:
             `window` pullbacks of the step.
         """
         _errors.is_tape(tape, Tape)
-        params, x = canonical(params, "params"), stand_in(tape._settings.x)
+        params, x = canonical(params, "params"), _tape.some_x(tape)
         closure = self._resume(params, tape, x)
         window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
         ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from jaxbptt import _errors
-from jaxbptt._avals import canonical, zeros
+from jaxbptt._avals import canonical, stand_in, zeros
 from jaxbptt._types import LeafType, PyTree, TreeType, leaf_type, type_of
 from jaxbptt._windows import Windows
 
@@ -155,6 +156,24 @@ def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any],
         return [lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring]
 
     return read
+
+
+def some_x(tape: Tape) -> PyTree:
+    """Something of x's type to trace with.
+
+    It lies over the Explicit axes that the tape lies over now: a tape may have been brought
+    to another mesh, or off it, since it was made.
+    """
+    kinds = map(leaf_type, [*tape._ring, *jax.tree.leaves(tape.carry)])
+    mesh = next((kind.sharding.mesh for kind in kinds if kind.sharding), None)
+
+    def laid(kind: LeafType) -> LeafType:
+        if kind.sharding is None or mesh is None:
+            return dataclasses.replace(kind, sharding=None)
+        return dataclasses.replace(kind, sharding=NamedSharding(mesh, kind.sharding.spec))
+
+    x = tape._settings.x
+    return stand_in(dataclasses.replace(x, leaves=tuple(map(laid, x.leaves))))
 
 
 def layout(tape: Tape) -> tuple[LeafType, ...]:

@@ -160,3 +160,38 @@ def test_a_tape_that_lies_elsewhere_is_said():
             ValueError, match=r"was of sharding .* then and is of .* Call init with"
         ):
             rec(params, tape, xs[0])
+
+
+def recorded_on_the_mesh():
+    """A recorder, and what it gave after a few steps over both axes: params, tape and y."""
+    rec = jaxbptt.record(step, window=4)
+    params, carry, xs = laid(mesh(), OVER_BOTH)
+    tape = rec.init(params, carry, xs[0])
+    tape, ys = jax.jit(lambda tape: lax.scan(lambda t, x: rec(params, t, x), tape, xs[:6]))(tape)
+    return rec, params, tape, ys[-1:]
+
+
+def test_a_tape_goes_on_off_the_mesh():
+    with entered(mesh()):
+        rec, *recorded = recorded_on_the_mesh()
+        want = rec.pullback(*recorded)
+    params, tape, ct_ys = jax.tree.map(jnp.asarray, jax.device_get(recorded))
+    got = rec.pullback(params, tape, ct_ys)
+    for group in ("params", "carry", "xs"):
+        off, on = getattr(got, group), jax.device_get(getattr(want, group))
+        oracles.check("off the mesh", off, on, 1e-12)
+    tape, _ = jax.jit(rec)(params, tape, ARGS[2][6])
+    assert int(tape.length) == 4
+
+
+def test_a_checkpoint_of_a_mesh_is_restored_off_it(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    with entered(mesh()):
+        rec, params, tape, ct_ys = recorded_on_the_mesh()
+        want = jax.device_get(rec.pullback(params, tape, ct_ys).params)
+        with jaxbptt.checkpoints(tmp_path / "saved", rec) as store:
+            store.save(6, (params, tape))
+    like = PARAMS, rec.init(PARAMS, CARRY, ARGS[2][0])
+    (params, tape), _ = jaxbptt.checkpoints(tmp_path / "saved", rec).restore(like)
+    got = rec.pullback(params, tape, jax.device_get(ct_ys)).params
+    oracles.check("restored off the mesh", got, want, 1e-12)
