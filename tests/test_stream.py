@@ -408,6 +408,6 @@ def test_a_progress_bar(capsys, want):
 def test_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     learner = make()
-    with pytest.raises(ImportError, match=r"progress=True needs tqdm, .* 'jaxbptt\[demo\]'"):
+    with pytest.raises(ImportError, match=r"progress=True needs tqdm, .* 'jaxbptt\[train\]'"):
         learner.run(begun(learner), stream(), progress=True)
     assert int(learner.run(begun(learner), stream(0, 3)).step) == 3
