@@ -19,7 +19,7 @@ import collectives
 import jax
 import jax.numpy as jnp
 import ways
-from cells import Shape, problem
+from cells import Shape, gated, problem
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -47,10 +47,7 @@ def in_bfloat16(model):
         (h, c), narrow = carry, jnp.bfloat16
         products = x.astype(narrow) @ params["wx"].astype(narrow)
         products += h.astype(narrow) @ params["wh"].astype(narrow)
-        i, f, g, o = jnp.split(products.astype(jnp.float32) + params["b"], 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
+        return gated(products.astype(jnp.float32) + params["b"], c)
 
     return dataclasses.replace(model, step=step)
 

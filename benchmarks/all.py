@@ -23,7 +23,7 @@ import jax
 import measure
 import report
 import ways
-from cells import Problem, Shape, problem
+from cells import Shape, problem
 
 import jaxbptt
 
@@ -155,11 +155,10 @@ def compiling(shape, repeats, torch):
     """Seconds to trace and compile one update, against one window of `jax.grad(lax.scan)`."""
     del torch
     model = problem(shape, shape.window)
-    one = Problem(model.step, model.loss, model.params, model.carry, model.xs)
     contestants = {
-        "grad(lax.scan)": lambda: ways.chunks(one, shape.window),
-        "current": lambda: ways.recorded(one, shape.window, "current"),
-        "stored": lambda: ways.recorded(one, shape.window, "stored"),
+        "grad(lax.scan)": lambda: ways.chunks(model, shape.window),
+        "current": lambda: ways.recorded(model, shape.window, "current"),
+        "stored": lambda: ways.recorded(model, shape.window, "stored"),
     }
     return measure.compile_seconds(contestants, min(repeats, 3))
 

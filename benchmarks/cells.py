@@ -40,7 +40,11 @@ class Problem:
 def lstm(params, carry, x):
     """An LSTM cell; the output is the hidden state."""
     h, c = carry
-    gates = x @ params["wx"] + h @ params["wh"] + params["b"]
+    return gated(x @ params["wx"] + h @ params["wh"] + params["b"], c)
+
+
+def gated(gates, c):
+    """The new state of an LSTM and its output, of what goes into its four gates."""
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
     h = jax.nn.sigmoid(o) * jnp.tanh(c)
@@ -114,7 +118,7 @@ def problem(shape: Shape, steps: int) -> Problem:
     def draw(*size):
         return jax.random.normal(next(keys), size) / math.sqrt(size[0])
 
-    def gated(inputs, gates):
+    def weights(inputs, gates):
         wide = gates * hidden
         return {"wx": draw(inputs, wide), "wh": draw(hidden, wide), "b": jnp.zeros(wide)}
 
@@ -123,17 +127,17 @@ def problem(shape: Shape, steps: int) -> Problem:
 
     xs = jax.random.normal(next(keys), (steps, batch, inputs))
     if shape.cell == "stack":
-        params = {"0": gated(inputs, 4), "1": gated(hidden, 4), "2": gated(hidden, 4)}
+        params = {"0": weights(inputs, 4), "1": weights(hidden, 4), "2": weights(hidden, 4)}
         return Problem(stack, square, params, tuple((blank(), blank()) for _ in range(3)), xs)
     if shape.cell == "LRU":
         params = {"nu": draw(hidden) - 2, "wx": draw(inputs, hidden), "wy": draw(hidden, hidden)}
         return Problem(lru, square, params, blank(), xs)
     if shape.cell == "language":
         words = jax.random.randint(next(keys), (2, steps, batch), 0, VOCABULARY)
-        params = gated(inputs, 4)
+        params = weights(inputs, 4)
         params |= {"embedding": draw(VOCABULARY, inputs), "head": draw(hidden, VOCABULARY)}
         return Problem(language, mean, params, (blank(), blank()), (words[0], words[1]))
-    params = gated(inputs, _GATES[shape.cell])
+    params = weights(inputs, _GATES[shape.cell])
     step, carry = {
         "LSTM": (lstm, (blank(), blank())),
         "GRU": (gru, blank()),

@@ -128,7 +128,7 @@ def closures(problem, window):
         slot = t % window
         leaves_ring = put(leaves_ring, leaves, slot)
         loss, ct_y = jax.value_and_grad(problem.loss)(y, x)
-        lam, ct_y = jax.tree.map(jnp.zeros_like, carry), ct_y
+        lam = jax.tree.map(jnp.zeros_like, carry)
 
         def back(k, lam, ct_y):
             at = jax.tree.map(lambda r: r[(slot - k) % window], leaves_ring)
@@ -150,30 +150,14 @@ def closures(problem, window):
     return block(update, problem.xs), state
 
 
-def chunks(problem, window):
-    """(c) `jax.grad` of `lax.scan` over one window after another: one update per window."""
+def chunks(problem, window, scan=lax.scan):
+    """(c) `jax.grad` of a scan over one window after another: one update per window."""
 
     def loss_fn(params, carry, rows):
-        carry, ys = lax.scan(functools.partial(problem.step, params), carry, rows)
+        carry, ys = scan(functools.partial(problem.step, params), carry, rows)
         losses = jax.vmap(problem.loss)(ys, rows)
         return jnp.sum(losses), (carry, losses)
 
-    return _chunks(problem, window, loss_fn)
-
-
-def scanned_chunks(problem, window):
-    """jaxbptt.scan in the place of `lax.scan`."""
-
-    def loss_fn(params, carry, rows):
-        step = functools.partial(problem.step, params)
-        carry, ys = jaxbptt.scan(step, carry, rows, window=None)
-        losses = jax.vmap(problem.loss)(ys, rows)
-        return jnp.sum(losses), (carry, losses)
-
-    return _chunks(problem, window, loss_fn)
-
-
-def _chunks(problem, window, loss_fn):
     def update(state, rows):
         params, carry = state
         grads, (carry, losses) = jax.grad(loss_fn, has_aux=True)(params, carry, rows)
@@ -181,6 +165,11 @@ def _chunks(problem, window, loss_fn):
 
     rows = jax.tree.map(lambda v: v.reshape(-1, window, *v.shape[1:]), problem.xs)
     return block(update, rows), (problem.params, problem.carry)
+
+
+def scanned_chunks(problem, window):
+    """jaxbptt.scan in the place of `lax.scan`."""
+    return chunks(problem, window, functools.partial(jaxbptt.scan, window=None))
 
 
 def first(xs):

@@ -19,6 +19,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import entered, laid, mesh_of
 
 import jaxbptt
 
@@ -113,23 +114,7 @@ def by_scan(params, carry, xs, targets, *, window, step=with_head, mean=jnp.mean
     return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, carry)
 
 
-def mesh_of(kind="Auto", **axes):
-    types = (getattr(AxisType, kind),) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
-
-
 BY_BATCH = P(), P("data"), P(None, "data"), P(None, "data")
-
-
-def laid(mesh, specs, args=ARGS):
-    """The arguments laid over a mesh, a spec for each leaf of them or for all of its leaves."""
-    is_spec = lambda v: isinstance(v, P)  # noqa: E731
-    specs = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=is_spec)
-    return jax.tree.map(jax.device_put, args, broadcast(specs, args))
-
-
-def broadcast(prefix, tree):
-    return jax.tree.map(lambda s, t: jax.tree.map(lambda _: s, t), prefix, tree)
 
 
 def nbytes(tree):
@@ -155,10 +140,6 @@ def ran(run, mesh, specs=BY_BATCH, args=ARGS):
         args = laid(mesh, specs, args)
         compiled = run.lower(*args).compile()
         return compiled(*args), compiled.as_text()
-
-
-def entered(mesh):
-    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
 
 
 # ------------------------------------------------------------- the batch laid over devices

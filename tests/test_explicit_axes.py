@@ -6,8 +6,8 @@ import numpy as np
 import oracles
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import entered, laid, mesh_of
 
 import jaxbptt
 
@@ -110,18 +110,7 @@ CASES = {
 
 
 def mesh():
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-
-
-def entered(mesh):
-    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
-
-
-def laid(mesh, specs, args=ARGS):
-    """The arguments over a mesh; a spec is for all leaves below it."""
-    is_spec = lambda v: isinstance(v, P)  # noqa: E731
-    put = lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
-    return jax.tree.map(put, specs, args, is_leaf=is_spec)
+    return mesh_of("Explicit", data=4, model=2)
 
 
 @pytest.mark.parametrize("specs", [OVER_DATA, OVER_BOTH], ids=["data", "both"])
@@ -133,7 +122,7 @@ def test_it_gives_what_one_device_gives(case, specs):
         return function(*args, **settings)
 
     with entered(mesh()):
-        args = laid(mesh(), specs)
+        args = laid(mesh(), specs, ARGS)
         got = jax.jit(run)(*args)
     oracles.check("explicit axes", jax.device_get(got), jax.jit(run)(*ARGS), 1e-12)
     if case in {"stored", "learner", "sliding"}:  # params, and their gradients, where params are
@@ -143,7 +132,7 @@ def test_it_gives_what_one_device_gives(case, specs):
 
 def test_the_ring_lies_where_the_residuals_do():
     with entered(mesh()):
-        params, carry, xs = laid(mesh(), OVER_BOTH)
+        params, carry, xs = laid(mesh(), OVER_BOTH, ARGS)
         rec = jaxbptt.record(step, window=4)
         tape = rec.init(params, carry, xs[0])
         assert sum(leaf.sharding.is_fully_replicated for leaf in tape._ring) == 0
@@ -153,7 +142,7 @@ def test_the_ring_lies_where_the_residuals_do():
 
 def test_a_tape_that_lies_elsewhere_is_said():
     with entered(mesh()):
-        params, carry, xs = laid(mesh(), OVER_DATA)
+        params, carry, xs = laid(mesh(), OVER_DATA, ARGS)
         rec = jaxbptt.record(step, window=4)
         tape = rec.init(params, carry, jnp.zeros((BATCH, INPUTS)))
         with pytest.raises(
@@ -165,7 +154,7 @@ def test_a_tape_that_lies_elsewhere_is_said():
 def recorded_on_the_mesh():
     """A recorder, and what it gave after a few steps over both axes: params, tape and y."""
     rec = jaxbptt.record(step, window=4)
-    params, carry, xs = laid(mesh(), OVER_BOTH)
+    params, carry, xs = laid(mesh(), OVER_BOTH, ARGS)
     tape = rec.init(params, carry, xs[0])
     tape, ys = jax.jit(lambda tape: lax.scan(lambda t, x: rec(params, t, x), tape, xs[:6]))(tape)
     return rec, params, tape, ys[-1:]
