@@ -1,5 +1,6 @@
 """The documentation holds: its code runs, and its picture says what is so."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -53,8 +54,32 @@ def test_the_edges_that_carry_gradient_are_those_that_the_windows_say(edges):
     assert edges.live_edges(edges.one_recorder) == within | across
 
 
-def test_the_picture_can_be_drawn(edges, tmp_path, monkeypatch):
-    monkeypatch.setattr(edges, "__file__", str(tmp_path / "edges.py"))
-    edges.main()
-    assert (tmp_path / "edges.png").stat().st_size > 10_000
-    assert (DOCS / "edges.png").exists()
+@pytest.mark.parametrize("name", ["edges", "idea"])
+def test_the_picture_can_be_drawn(name, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(DOCS)
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / f"{name}.py"))
+    # Which edges are live is held above; to find out costs most of the time.
+    monkeypatch.setattr(script, "live_edges", lambda _: {("ff", 0), ("ss", 3)}, raising=False)
+    script.main()
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (DOCS / f"{name}.png").exists()
+    del sys.modules[name]
+
+
+def test_the_drawing_of_the_rooms_is_true():
+    page = (DOCS / "inside.md").read_text(encoding="utf-8")
+    drawing = re.search(r"^```text\n floor.*?^```$", page, re.MULTILINE | re.DOTALL)[0]
+    floors = {}
+    for floor, rooms in re.findall(
+        r"^ +(\d) (.*?)(?=^ +\d |\Z)", drawing, re.MULTILINE | re.DOTALL
+    ):
+        floors |= dict.fromkeys(re.findall(r"(?<![\w])_\w+", rooms), int(floor))
+    modules = {path.stem: path for path in (DOCS.parent / "jaxbptt").glob("*.py")}
+    assert floors.keys() == modules.keys()
+    for name, path in modules.items():
+        imported = re.findall(
+            r"^\s*from jaxbptt\.(\w+) import", path.read_text("utf-8"), re.MULTILINE
+        )
+        assert all(floors[other] <= floors[name] for other in imported), name

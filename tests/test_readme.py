@@ -64,9 +64,33 @@ def test_the_file_table_names_every_module_and_says_its_first_line():
 
 
 def test_the_files_that_the_readme_names_exist():
-    named = set(re.findall(r"`([\w/]+\.(?:ipynb|md))`", TEXT))
-    assert named
-    assert all((ROOT / name).exists() for name in named)
+    named = set(re.findall(r"`([\w/]+\.(?:ipynb|md))`|\]\((?!http)([^)#]+)\)", TEXT))
+    assert len(named) > 10
+    assert all((ROOT / (code or link)).exists() for code, link in named)
+
+
+def test_every_notebook_is_named_in_the_readme_and_on_its_page():
+    page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"(notebooks/{path.name})" in TEXT
+        assert f"| `{path.stem}` |" in page
+
+
+def test_the_badges_say_what_the_project_says():
+    badges = dict(re.findall(r"^!\[.*\]\(.*/badge/(\w+)-(.*)-\w+\)$", TEXT, re.MULTILINE))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert badges.pop("Python") == f"{pythons[0]}_to_{pythons[-1]}"
+    oldest = re.search(r'"jax>=([\d.]+?)(?:\.0)?"', project)[1]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert badges.pop("JAX") == "_to_".join(
+        re.search(r"^- JAX (\S+) to (\S+),", changes, re.M).groups()
+    )
+    assert f"- JAX {oldest} to" in changes
+    assert badges.pop("mypy") == "strict"
+    assert "strict = true" in project[project.index("[tool.mypy]") :]
+    assert badges.pop("license").replace("--", "-") == re.search(r'license = "(.*)"', project)[1]
+    assert not badges
 
 
 def test_the_citation_is_of_this_version():
