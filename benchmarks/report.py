@@ -163,6 +163,14 @@ def pictures(sections, out):
         figure.savefig(out / "cost.png", dpi=110)
         plt.close(figure)
         drawn.append("![Time per step and memory against window, batch and hidden size](cost.png)")
+    if sections.get("online"):
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        shares(axes, sections["online"])
+        figure.savefig(out / "floor.png", dpi=110)
+        plt.close(figure)
+        drawn.append(
+            "![Share of this machine's arithmetic floor that each shape reaches](floor.png)"
+        )
     if sections.get("length"):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
         flat(axes, sections["length"][0])
@@ -194,6 +202,20 @@ def curves(column, section, rows):
         axis.set_xticks(at, map(str, at))
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
+
+
+def shares(axes, rows):
+    """How near to the floor each shape comes, `current` beside re-running."""
+    for place, row in enumerate(rows):
+        for key, color, up in (("current", OURS, -0.2), ("re-run", THEIRS, 0.2)):
+            axes.barh(place + up, min(row["floor"] / row[key], 1.0), 0.38, color=color)
+    axes.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="share of the arithmetic floor (cut at 1)")
+    for color, label in ((OURS, "jaxbptt, current"), (THEIRS, "re-run under jax.grad")):
+        axes.barh(0, 0, color=color, label=label)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def flat(axes, row):

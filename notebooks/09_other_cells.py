@@ -34,11 +34,13 @@ if spec is None or spec.origin is None:
             "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
             "into a folder called jaxbptt, and run this cell again; it installs from there."
         )
-    # %pip install --quiet "{found[0]}[demo]"
+    # %pip install --quiet "{found[0]}[demo]" equinox dm-haiku
 
 # %%
 import os
 
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -46,14 +48,6 @@ import numpy as np
 import optax
 
 import jaxbptt
-
-try:
-    import equinox as eqx
-    import haiku as hk
-except ModuleNotFoundError:
-    # %pip install --quiet equinox dm-haiku
-    import equinox as eqx
-    import haiku as hk
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps, for a quick run of all cells
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]
