@@ -4,13 +4,14 @@
     python benchmarks/all.py --only            # nothing measured: tables and plots again
 
 Each section's measurements go into `results.json` as they come; a section that is not run
-keeps those of the last time. `--torch` names an interpreter that has PyTorch and no more is
-asked of; without it these columns stay as they are. Every ratio is of medians of interleaved
-runs. The whole takes about a quarter of an hour on two cores.
+keeps those of the last time. `--torch` names an interpreter that has PyTorch, and Ignite and
+snnTorch for their columns; without it these columns stay as they are. Every ratio is of medians
+of interleaved runs. The whole takes about a quarter of an hour on two cores.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -66,15 +67,15 @@ class Torch:
         return self.process.stdout.readline().strip()
 
     def seconds(self, way, shape, steps, repeats):
-        """Median seconds per step; None without PyTorch, or for what it isn't asked."""
-        if self.process is None or shape.cell != "LSTM":
+        """Median seconds per step; None without the library, or for what it isn't asked."""
+        if self.process is None or shape.cell != ("LIF" if way == "snntorch" else "LSTM"):
             return None
         took = []
         sizes = shape.batch, shape.inputs, shape.hidden, shape.window, steps
         for _ in range(repeats):
             print(way, *sizes, file=self.process.stdin, flush=True)
             took.append(float(self._line()))
-        return statistics.median(took)
+        return None if math.isnan(took[0]) else statistics.median(took)
 
 
 def prepared(shape):
@@ -146,8 +147,15 @@ def chunks(shape, repeats, torch):
         "jaxbptt.scan": ways.scanned_chunks(model, shape.window),
         "record": ways.recorded_every(model, shape.window, shape.window),
     }
+    if shape.cell == "LSTM":
+        contestants["nnx.RNN"] = ways.nnx_chunks(model, shape.window)
     took = per_step(contestants, steps, repeats)
-    took["PyTorch nn.LSTM"] = torch.seconds("chunks", shape, 10 * shape.window, repeats)
+    for column, way in (
+        ("PyTorch nn.LSTM", "chunks"),
+        ("Ignite", "ignite"),
+        ("snnTorch", "snntorch"),
+    ):
+        took[column] = torch.seconds(way, shape, 10 * shape.window, repeats)
     return took
 
 
@@ -209,7 +217,7 @@ SECTIONS = {
     "online": (online, GRID),
     "every": (every, SMALL),
     "recording": (recording, SMALL),
-    "chunks": (chunks, SMALL[:5]),
+    "chunks": (chunks, [*SMALL[:5], GRID[15]]),
     "compiling": (compiling, SMALL),
     "window": (curve, WINDOWS),
     "batch": (curve, BATCHES),

@@ -8,10 +8,16 @@ reads lines `way B D H window steps` and answers each with seconds per step. The
   step's graph retained and walked back by hand. An optimiser that steps in place makes
   PyTorch raise there, so parameters are changed behind autograd's back, through `.data`.
 * chunks: `nn.LSTM` over `window` steps and one backward pass for each.
+* ignite: the same by Ignite's trainer for truncated backpropagation.
+* snntorch: its `backprop.TBPTT` on recurrent leaky neurons. It raises on input that varies in time
+  (UnboundLocalError, version 1.0.0), so it gets one that doesn't.
+
+Where Ignite or snnTorch is not installed the answer is nan.
 """
 
 import sys
 import time
+import warnings
 
 import torch
 
@@ -62,14 +68,59 @@ def chunks(batch, inputs, hidden, window, steps):
     return (time.perf_counter() - start[0]) / (t + window - start[1])
 
 
+def ignite(batch, inputs, hidden, window, steps):
+    """Seconds per step, an SGD update for every chunk."""
+    from ignite.contrib.engines.tbptt import create_supervised_tbptt_trainer
+
+    model = torch.nn.LSTM(inputs, hidden)
+    trainer = create_supervised_tbptt_trainer(
+        model,
+        torch.optim.SGD(model.parameters(), RATE),
+        lambda ys, targets: ((ys - targets) ** 2).mean(dim=(1, 2)).sum(),
+        window,
+    )
+    steps -= steps % window
+    data = [(torch.randn(steps, batch, inputs), torch.full((steps, batch, hidden), 0.1))]
+    return of_second_run(lambda: trainer.run(data, max_epochs=1)) / steps
+
+
+def snntorch(batch, inputs, hidden, window, steps):
+    """Seconds per step, an SGD update for every chunk."""
+    warnings.simplefilter("ignore")  # it says of itself that it will go
+    import snntorch as snn
+    from snntorch import backprop, functional
+
+    neurons = snn.RLeaky(0.9, linear_features=hidden, init_hidden=True, output=True)
+    model = torch.nn.Sequential(torch.nn.Linear(inputs, hidden), neurons)
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    steps -= steps % window
+    data = [(torch.randn(batch, inputs), torch.zeros(batch, dtype=torch.long))]
+    loss = functional.mse_count_loss()
+    settings = {"num_steps": steps, "time_var": False, "K": window}
+    return of_second_run(lambda: backprop.TBPTT(model, data, optimizer, loss, **settings)) / steps
+
+
+def of_second_run(run):
+    """Seconds that it takes once warm."""
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+WAYS = {"sliding": sliding, "chunks": chunks, "ignite": ignite, "snntorch": snntorch}
+
+
 def main():
     if len(sys.argv) > 1:
         torch.set_num_threads(int(sys.argv[1]))
     print(torch.__version__, flush=True)
     for line in sys.stdin:
         way, *numbers = line.split()
-        seconds = {"sliding": sliding, "chunks": chunks}[way](*map(int, numbers))
-        print(seconds, flush=True)
+        try:
+            print(WAYS[way](*map(int, numbers)), flush=True)
+        except ImportError:
+            print("nan", flush=True)
 
 
 if __name__ == "__main__":

@@ -150,11 +150,11 @@ def closures(problem, window):
     return block(update, problem.xs), state
 
 
-def chunks(problem, window, scan=lax.scan):
-    """(c) `jax.grad` of a scan over one window after another: one update per window."""
+def by_chunks(problem, window, run, params, carry):
+    """`jax.grad` of one window after another, and an update for each; `run` gives (carry, ys)."""
 
     def loss_fn(params, carry, rows):
-        carry, ys = scan(functools.partial(problem.step, params), carry, rows)
+        carry, ys = run(params, carry, rows)
         losses = jax.vmap(problem.loss)(ys, rows)
         return jnp.sum(losses), (carry, losses)
 
@@ -164,12 +164,36 @@ def chunks(problem, window, scan=lax.scan):
         return (sgd(params, grads), carry), losses
 
     rows = jax.tree.map(lambda v: v.reshape(-1, window, *v.shape[1:]), problem.xs)
-    return block(update, rows), (problem.params, problem.carry)
+    return block(update, rows), (params, carry)
+
+
+def chunks(problem, window, scan=lax.scan):
+    """(c) `jax.grad` of a scan over one window after another."""
+
+    def run(params, carry, rows):
+        return scan(functools.partial(problem.step, params), carry, rows)
+
+    return by_chunks(problem, window, run, problem.params, problem.carry)
 
 
 def scanned_chunks(problem, window):
     """jaxbptt.scan in the place of `lax.scan`."""
     return chunks(problem, window, functools.partial(jaxbptt.scan, window=None))
+
+
+def nnx_chunks(problem, window):
+    """The same with flax: `nnx.RNN` of an `nnx.OptimizedLSTMCell`, parameters of its own."""
+    from flax import nnx
+
+    h, c = problem.carry
+    cell = nnx.OptimizedLSTMCell(problem.xs.shape[-1], h.shape[-1], rngs=nnx.Rngs(0))
+    rnn = nnx.RNN(cell, time_major=True, return_carry=True)
+    graph, params, rest = nnx.split(rnn, nnx.Param, ...)
+
+    def run(params, carry, rows):
+        return nnx.merge(graph, params, rest)(rows, initial_carry=carry)
+
+    return by_chunks(problem, window, run, params, (c, h))
 
 
 def first(xs):
