@@ -36,7 +36,7 @@ def test_it_runs_headless(path, nbformat, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook,
-        timeout=120,
+        timeout=300,  # of one cell, on a busy machine
         kernel_name="under_test",
         resources={"metadata": {"path": str(path.parent)}},
     )
