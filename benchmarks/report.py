@@ -160,24 +160,26 @@ def pictures(sections, out):
         for column, section in zip(axes.T, CURVES, strict=True):
             curves(column, section, sections[section])
         axes[0, 0].legend(frameon=False, loc="upper left")
-        figure.savefig(out / "cost.png", dpi=110)
-        plt.close(figure)
+        save(figure, out / "cost.png")
         drawn.append("![Time per step and memory against window, batch and hidden size](cost.png)")
     if sections.get("online"):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
         shares(axes, sections["online"])
-        figure.savefig(out / "floor.png", dpi=110)
-        plt.close(figure)
+        save(figure, out / "floor.png")
         drawn.append(
             "![Share of this machine's arithmetic floor that each shape reaches](floor.png)"
         )
     if sections.get("length"):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
         flat(axes, sections["length"][0])
-        figure.savefig(out / "length.png", dpi=110)
-        plt.close(figure)
+        save(figure, out / "length.png")
         drawn.append(flat_words(sections["length"][0]))
     return "\n\n".join(["## Against window, batch, hidden size and length", *drawn])
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def curves(column, section, rows):

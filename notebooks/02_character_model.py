@@ -113,7 +113,7 @@ def nats(logits, x):
 
 
 # %% [markdown]
-# ## Four ways to cut
+# ## Ways to cut
 #
 # All with the same optimiser. The cheaper ones get more steps, so that all of them work for a similar time. Chunks have
 # the fewest updates, each from the most losses, and so they get a second try with three times the rate.

@@ -48,7 +48,7 @@ import optax
 import jaxbptt
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps and seeds, for a quick run of all cells
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.5"
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "0.5"
 
 # %% [markdown]
 # ## The stream

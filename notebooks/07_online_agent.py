@@ -58,7 +58,7 @@ sys.path.insert(0, str(next(p for p in places if (p / "examples" / "policy.py").
 from examples.policy import act, first_carry, first_params, loss, observe, percent
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps and seeds, for a quick run of all cells
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.5"
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "0.5"
 
 # %% [markdown]
 # ## Agent and maze are one step

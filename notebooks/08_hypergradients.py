@@ -51,7 +51,7 @@ import jaxbptt
 
 jax.config.update("jax_enable_x64", True)
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps, for a quick run of all cells
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.5"
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "0.5"
 
 # %% [markdown]
 # ## The system
