@@ -18,6 +18,7 @@ from jaxbptt._chain import densify
 from jaxbptt._closure import Closure
 from jaxbptt._contract import where_or_zero
 from jaxbptt._groups import Groups
+from jaxbptt._interpret import bind
 from jaxbptt._pulls import name_of
 
 
@@ -119,7 +120,9 @@ class Chains:
         """λ of one chain by a program that doesn't read the λ that is None here."""
         kinds = self.closure.cotangents["carry"]
         split = self.closure.split(name, ("carry",), weights=False)
-        outs, _, _ = split.one_lag(self.closure.consts[name], [*residuals, *lam, *ct_y])
+        args = [*residuals, *lam, *ct_y]
+        # The chains are batched, and have many rows together.
+        outs, _, _ = split.one_lag(self.closure.consts[name], args, bind)
         return densify(outs, kinds)
 
     def _ages(self, step: Any) -> list[Any]:

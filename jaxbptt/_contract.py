@@ -23,6 +23,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt._avals import zeros
+from jaxbptt._few_rows import Bind, bind_product
 from jaxbptt._interpret import ZERO, bind
 from jaxbptt._types import explicit
 
@@ -59,10 +60,13 @@ class Split:
         """What each lag adds to the sums: indices and updates of the scatters, then `plain`."""
         return [v for eqn in self.scatters for v in eqn.invars[1:]] + self.plain
 
-    def one_lag(self, consts: list, args: Sequence) -> tuple[list, list, list]:
-        """At one lag: the values of `outs`, of `emitted` and of `terms`."""
+    def one_lag(
+        self, consts: list, args: Sequence, run: Bind = bind_product
+    ) -> tuple[list, list, list]:
+        """At one lag: the values of `outs`, of `emitted` and of `terms`, each equation by `run`."""
         env = _start(self.jaxpr, consts, args)
-        _evaluate(self.at_lag, env)
+        for eqn in self.at_lag:
+            env.update(zip(eqn.outvars, run(eqn, _read(env, eqn.invars)), strict=True))
         return _read(env, self.outs), _read(env, self.emitted), _read(env, self.terms)
 
     def zero_sums(self) -> list[jax.Array]:
@@ -144,11 +148,6 @@ def _start(jaxpr: core.Jaxpr, consts: list, args: Sequence) -> Env:
     env: Env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     return env
-
-
-def _evaluate(eqns: Sequence[core.JaxprEqn], env: Env) -> None:
-    for eqn in eqns:
-        env.update(zip(eqn.outvars, bind(eqn, _read(env, eqn.invars)), strict=True))
 
 
 def _read(env: Env, atoms: Iterable[Atom]) -> list:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._avals import size_in_bytes
+from jaxbptt._few_rows import Bind, bind_product
 from jaxbptt._interpret import bind, needed, variables
 
 Atom = Any  # a variable or a literal of a jaxpr
@@ -61,7 +62,7 @@ class Stages:
     def trip(self, env: Mapping, state: list, row: list, early: list) -> tuple[list, list]:
         """`now` and `cut` of one trip."""
         names, values = [*self.state, *self.rows, *self.early], [*state, *row, *early]
-        return _run(self.inside, env, names, values, self.now, self.cut)
+        return _run(bind_product, self.inside, env, names, values, self.now, self.cut)
 
     def behind(self, env: Mapping, rows: list, early: list, cut: list, size: int) -> list:
         """`later` of a block of `size` trips, stacked."""
@@ -195,16 +196,18 @@ def _together(
     read = [v for v in dict.fromkeys(_read(eqns) + variables(wanted)) if v in stacked]
 
     def one(_: Any, values: list) -> list:
-        return _run(eqns, env, read, values, wanted)[0]
+        return _run(bind, eqns, env, read, values, wanted)[0]  # many rows together
 
     # Where nothing wanted varies there is still a number of trips.
     return jax.vmap(one)(jnp.arange(size), [stacked[v] for v in read]) if wanted else []
 
 
-def _run(eqns: Eqns, env: Mapping, names: list, values: list, *wanted: list[Atom]) -> Any:
+def _run(
+    run: Bind, eqns: Eqns, env: Mapping, names: list, values: list, *wanted: list[Atom]
+) -> Any:
     env = {**env, **dict(zip(names, values, strict=True))}
     for eqn in eqns:
-        outs = bind(eqn, [_value(env, v) for v in eqn.invars])
+        outs = run(eqn, [_value(env, v) for v in eqn.invars])
         env.update(zip(eqn.outvars, outs, strict=True))
     return tuple([_value(env, v) for v in atoms] for atoms in wanted)
 
