@@ -5,7 +5,9 @@
 
 prints a line of JSON for each program: bytes of temporaries, and in how many loops its ring-shaped
 copies and its weight-sized products are. All programs are a loop over updates; the loop over
-the lags is inside it. How fast it would run, a compiler can't say.
+the lags is inside it. For a TPU also the bytes that one update moves: the compiler's analysis
+counts the body of a loop once, so this is of the same update with every loop unrolled. How fast it
+would run, a compiler can't say.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import collectives
 import jax
+import jax.extend
 import jax.numpy as jnp
 import ways
 from cells import Shape, gated, problem
@@ -52,9 +55,10 @@ def in_bfloat16(model):
     return dataclasses.replace(model, step=step)
 
 
-def programs(shape):
-    """Each program's (function, state)."""
-    model, window = problem(shape, STEPS), shape.window
+def programs(shape, steps=STEPS):
+    """Each program's (function, state), of so many steps, and of one chunk at least."""
+    model, window = problem(shape, steps), shape.window
+    whole = problem(shape, max(steps, window))
     narrow = in_bfloat16(model)
     return {
         "re-run": ways.rerun(model, window),
@@ -62,8 +66,8 @@ def programs(shape):
         "stored": ways.recorded(model, window, "stored"),
         "bfloat16 re-run": ways.rerun(narrow, window),
         "bfloat16 current": ways.recorded(narrow, window, "current"),
-        "grad(lax.scan)": ways.chunks(model, window),
-        "jaxbptt.scan": ways.scanned_chunks(model, window),
+        "grad(lax.scan)": ways.chunks(whole, window),
+        "jaxbptt.scan": ways.scanned_chunks(whole, window),
     }
 
 
@@ -82,6 +86,29 @@ def facts(compiled, shape):
     }
 
 
+def moved(function, like):
+    """Bytes that one call moves by the compiler's count, with every scan in it unrolled."""
+    leaves = jax.tree.leaves(like)
+    run = jax.extend.core.jaxpr_as_fun(unrolled(jax.make_jaxpr(function)(like)))
+    donated = jax.jit(run, donate_argnums=range(len(leaves)))
+    return int(donated.lower(*leaves).compile().cost_analysis()["bytes accessed"])
+
+
+def unrolled(closed):
+    """The same program, all trips of each of its scans one after the other."""
+
+    def inner(value):
+        return unrolled(value) if isinstance(value, jax.extend.core.ClosedJaxpr) else value
+
+    eqns = []
+    for eqn in closed.jaxpr.eqns:
+        params = {k: inner(v) for k, v in eqn.params.items()}
+        if eqn.primitive.name == "scan":
+            params["unroll"] = params["length"]
+        eqns.append(eqn.replace(params=params))
+    return jax.extend.core.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns), closed.consts)
+
+
 def numbers(shape):
     """How many there are in an array, such as 12 in "f32[3,4]"."""
     return math.prod(int(n) for n in shape.split("[")[1].rstrip("]").split(",") if n)
@@ -93,13 +120,17 @@ def main():
     parser.add_argument("--text", type=Path, help="a folder for the programs' texts")
     args = parser.parse_args()
     where = SingleDeviceSharding(device(args.target))
+    updates = programs(SHAPE, 1)
     for name, (function, state) in programs(SHAPE).items():
         like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where), state)
         compiled = function.lower(like).compile()
         if args.text:
             args.text.mkdir(exist_ok=True, parents=True)
             (args.text / f"{name}.txt").write_text(compiled.as_text())
-        print(json.dumps({"program": name} | facts(compiled, SHAPE)), flush=True)
+        found = {"program": name} | facts(compiled, SHAPE)
+        if args.target == "tpu":
+            found["bytes moved by an update"] = moved(updates[name][0], like)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

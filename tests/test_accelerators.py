@@ -70,3 +70,10 @@ def test_scratch_memory_is_that_of_running_the_window_again_at_most(ours, theirs
     # On a TPU both are next to nothing, less than the parameters, and differ by its release.
     parameters = 4 * (128 + 256 + 1) * 4 * 256
     assert programs[ours]["temporaries"] <= max(programs[theirs]["temporaries"], parameters)
+
+
+def test_an_update_moves_at_most_half_of_the_bytes_of_running_the_window_again(programs):
+    moved = {name: found.get("bytes moved by an update") for name, found in programs.items()}
+    if moved["current"] is None:
+        pytest.skip("only the TPU's compiler says how many bytes a program moves")
+    assert 2 * moved["current"] <= moved["re-run"]
