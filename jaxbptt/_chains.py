@@ -121,7 +121,7 @@ class Chains:
         kinds = self.closure.cotangents["carry"]
         split = self.closure.split(name, ("carry",), weights=False)
         args = [*residuals, *lam, *ct_y]
-        # The chains are batched, and have many rows together.
+        # Chains are pulled back as a batch, which has many rows.
         outs, _, _ = split.one_lag(self.closure.consts[name], args, bind)
         return densify(outs, kinds)
 

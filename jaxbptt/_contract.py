@@ -65,9 +65,8 @@ class Split:
     ) -> tuple[list, list, list]:
         """At one lag: the values of `outs`, of `emitted` and of `terms`, each equation by `run`."""
         env = _start(self.jaxpr, consts, args)
-        for eqn in self.at_lag:
-            env.update(zip(eqn.outvars, run(eqn, _read(env, eqn.invars)), strict=True))
-        return _read(env, self.outs), _read(env, self.emitted), _read(env, self.terms)
+        evaluate(self.at_lag, env, run)
+        return values_of(self.outs, env), values_of(self.emitted, env), values_of(self.terms, env)
 
     def zero_sums(self) -> list[jax.Array]:
         """Where the sums start; half precisions are added up in float32."""
@@ -110,9 +109,9 @@ class Split:
         env.update(zip(summed, sums, strict=True))
         env.update(zip(self._contracted(), contracted, strict=True))
         for eqn in self.after:
-            values = [_widened(v) for v in _read(env, eqn.invars)]
+            values = [_widened(v) for v in values_of(eqn.invars, env)]
             env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
-        return _read(env, self.weights)
+        return values_of(self.weights, env)
 
     def _contracted(self) -> list[Any]:
         return [p.made for p in self.products] + [e.outvars[0] for e in self.reductions]
@@ -150,7 +149,14 @@ def _start(jaxpr: core.Jaxpr, consts: list, args: Sequence) -> Env:
     return env
 
 
-def _read(env: Env, atoms: Iterable[Atom]) -> list:
+def evaluate(eqns: Sequence[core.JaxprEqn], env: Env, run: Bind) -> None:
+    """Adds to the values in `env` those that the equations make, each by `run`."""
+    for eqn in eqns:
+        env.update(zip(eqn.outvars, run(eqn, values_of(eqn.invars, env)), strict=True))
+
+
+def values_of(atoms: Iterable[Atom], env: Env) -> list:
+    """What the atoms stand for."""
     return [v if v is ZERO else v.val if isinstance(v, core.Literal) else env[v] for v in atoms]
 
 

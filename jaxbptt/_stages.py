@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._avals import size_in_bytes
+from jaxbptt._contract import Atom, evaluate, values_of
 from jaxbptt._few_rows import Bind, bind_product
 from jaxbptt._interpret import bind, needed, variables
 
-Atom = Any  # a variable or a literal of a jaxpr
 Eqns = list[core.JaxprEqn]
 
 _ROWS = 8  # a product of more rows than this does not wait for its matrix
@@ -206,14 +206,8 @@ def _run(
     run: Bind, eqns: Eqns, env: Mapping, names: list, values: list, *wanted: list[Atom]
 ) -> Any:
     env = {**env, **dict(zip(names, values, strict=True))}
-    for eqn in eqns:
-        outs = run(eqn, [_value(env, v) for v in eqn.invars])
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return tuple([_value(env, v) for v in atoms] for atoms in wanted)
-
-
-def _value(env: Mapping, atom: Atom) -> Any:
-    return atom.val if isinstance(atom, core.Literal) else env[atom]
+    evaluate(eqns, env, run)
+    return tuple(values_of(atoms, env) for atoms in wanted)
 
 
 def _made(eqns: Eqns) -> set:

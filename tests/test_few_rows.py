@@ -46,7 +46,7 @@ def test_only_products_that_gain_are_rewritten():
     assert not has_barrier(*operands(8, (32, 64)))  # a small weight
     assert not has_barrier(*operands(8, dtype=jnp.bfloat16))
     left, right = operands(8)
-    assert not has_barrier(left, right.T, lambda a, b: jnp.dot(a, b))  # nothing is read across
+    assert not has_barrier(left, right.T, jnp.dot)  # nothing is read across
 
 
 def test_another_platform_gets_the_plain_product():
@@ -68,7 +68,7 @@ def test_it_goes_through_transformations():
 
 
 def test_a_window_of_such_products():
-    """Against `jax.grad` of the unrolled window; the tape begins with it."""
+    """Against `jax.grad` of the unrolled run, all of which is in the window."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(128, 128)) / 12, jnp.float32)
     xs = jnp.asarray(rng.normal(size=(5, 8, 128)), jnp.float32)
