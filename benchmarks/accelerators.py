@@ -3,11 +3,13 @@
     python benchmarks/accelerators.py tpu                     # needs libtpu
     python benchmarks/accelerators.py h100                    # needs jax-cuda12-plugin, -pjrt
 
-prints a line of JSON for each program: bytes of temporaries, and in how many loops its ring-shaped
-copies and its weight-sized products are. All programs are a loop over updates; the loop over
-the lags is inside it. For a TPU also the bytes that one update moves: the compiler's analysis
-counts the body of a loop once, so this is of the same update with every loop unrolled. How fast it
-would run, a compiler can't say.
+prints a line of JSON for each program: bytes of scratch, in all memories of the device; in how many
+loops its ring-shaped copies and its weight-sized products are; and for a TPU the bytes that one
+update moves. All programs are a loop over updates; the loop over the lags is inside it.
+
+The compiler's count of bytes takes the body of a loop once, however often it runs: that is the
+update with one lag. What another lag moves is what the count grows by for each when the loops
+over the lags take four a trip and not two. How fast it would run, a compiler can't say.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import tempfile
 from pathlib import Path
 
 import collectives
@@ -55,10 +59,9 @@ def in_bfloat16(model):
     return dataclasses.replace(model, step=step)
 
 
-def programs(shape, steps=STEPS):
-    """Each program's (function, state), of so many steps, and of one chunk at least."""
-    model, window = problem(shape, steps), shape.window
-    whole = problem(shape, max(steps, window))
+def programs(shape):
+    """Each program's (function, state)."""
+    model, window = problem(shape, STEPS), shape.window
     narrow = in_bfloat16(model)
     return {
         "re-run": ways.rerun(model, window),
@@ -66,45 +69,65 @@ def programs(shape, steps=STEPS):
         "stored": ways.recorded(model, window, "stored"),
         "bfloat16 re-run": ways.rerun(narrow, window),
         "bfloat16 current": ways.recorded(narrow, window, "current"),
-        "grad(lax.scan)": ways.chunks(whole, window),
-        "jaxbptt.scan": ways.scanned_chunks(whole, window),
+        "grad(lax.scan)": ways.chunks(model, window),
+        "jaxbptt.scan": ways.scanned_chunks(model, window),
     }
 
 
-def facts(compiled, shape):
-    """What the compiled program says."""
-    text = compiled.as_text()
+def facts(text, shape):
+    """What the compiled program's text says."""
     ring = f"[{shape.window},"
     # A copy-start moves between the memories of a TPU, and is no copy beside another.
     copies = collectives.instructions(text, "copy")
     products = collectives.instructions(text, PRODUCTS)
     weights = 4 * shape.hidden**2  # numbers, in whatever shape and however many pieces
     return {
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "ring copies by depth": sorted(depth for depth, _, s in copies if ring in s),
         "weight products by depth": sorted(d for d, _, s in products if numbers(s) >= weights),
     }
 
 
-def moved(function, like):
-    """Bytes that one call moves by the compiler's count, with every scan in it unrolled."""
+def compiled_with_scratch(lowered):
+    """The program, and how many bytes of each memory the compiler sets aside for it to work in.
+
+    Not `memory_analysis`: on a TPU it leaves out the memory on the chip, where all arrays of
+    a small program are, and counts the tables of the loops' tuples, 16 KiB for each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (text,) = (f.read_text() for f in Path(folder).glob("*-buffer-assignment.txt"))
+    sizes = re.findall(r"^allocation \d+: size (\d+),.* preallocated-temp", text, re.MULTILINE)
+    return compiled, sum(map(int, sizes))
+
+
+def moved(function, like, window):
+    """Bytes that one update moves, by the compiler's counts of a program that loops over them."""
+    one, two, four = (_counted(function, like, lags) for lags in (1, 2, 4))
+    return int(one + (window - 1) * (four - two) / 2)
+
+
+def _counted(function, like, lags):
+    """The compiler's count of a program whose inner loops take so many lags a trip."""
     leaves = jax.tree.leaves(like)
-    run = jax.extend.core.jaxpr_as_fun(unrolled(jax.make_jaxpr(function)(like)))
+    run = jax.extend.core.jaxpr_as_fun(unrolled(jax.make_jaxpr(function)(like), lags))
     donated = jax.jit(run, donate_argnums=range(len(leaves)))
-    return int(donated.lower(*leaves).compile().cost_analysis()["bytes accessed"])
+    return donated.lower(*leaves).compile().cost_analysis()["bytes accessed"]
 
 
-def unrolled(closed):
-    """The same program, all trips of each of its scans one after the other."""
+def unrolled(closed, lags, outermost=True):
+    """The same program, each scan inside of another taking so many of its trips at once."""
 
-    def inner(value):
-        return unrolled(value) if isinstance(value, jax.extend.core.ClosedJaxpr) else value
+    def inner(value, scan):
+        closed = isinstance(value, jax.extend.core.ClosedJaxpr)
+        return unrolled(value, lags, outermost and not scan) if closed else value
 
     eqns = []
     for eqn in closed.jaxpr.eqns:
-        params = {k: inner(v) for k, v in eqn.params.items()}
-        if eqn.primitive.name == "scan":
-            params["unroll"] = params["length"]
+        scan = eqn.primitive.name == "scan"
+        params = {k: inner(v, scan) for k, v in eqn.params.items()}
+        if scan and not outermost:
+            params["unroll"] = lags
         eqns.append(eqn.replace(params=params))
     return jax.extend.core.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns), closed.consts)
 
@@ -120,16 +143,16 @@ def main():
     parser.add_argument("--text", type=Path, help="a folder for the programs' texts")
     args = parser.parse_args()
     where = SingleDeviceSharding(device(args.target))
-    updates = programs(SHAPE, 1) if args.target == "tpu" else {}
     for name, (function, state) in programs(SHAPE).items():
         like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where), state)
-        compiled = function.lower(like).compile()
+        compiled, scratch = compiled_with_scratch(function.lower(like))
+        text = compiled.as_text()
         if args.text:
             args.text.mkdir(exist_ok=True, parents=True)
-            (args.text / f"{name}.txt").write_text(compiled.as_text())
-        found = {"program": name} | facts(compiled, SHAPE)
-        if name in updates:
-            found["bytes moved by an update"] = moved(updates[name][0], like)
+            (args.text / f"{name}.txt").write_text(text)
+        found = {"program": name, "scratch": scratch} | facts(text, SHAPE)
+        if args.target == "tpu":
+            found["bytes moved by an update"] = moved(function, like, SHAPE.window)
         print(json.dumps(found), flush=True)
 
 

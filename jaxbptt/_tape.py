@@ -153,9 +153,24 @@ def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any],
 
     def read(lag: Any) -> list[jax.Array]:
         slot = (head - jnp.clip(lag, 0, jnp.maximum(length - 1, 0))) % window
-        return [lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring]
+        return _exactly([lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring])
 
     return read
+
+
+def _exactly(leaves: list[jax.Array]) -> list[jax.Array]:
+    """What was read from a ring, in such a way that a TPU's compiler reads one slot at a time.
+
+    Products take float32 in bfloat16 there, by default, and the compiler would round the whole
+    ring before the loop over the lags: half a ring of scratch, written and read at each update.
+    It can't move the rounding over a multiplication, and so there is one, by one.
+    """
+
+    def times_one(*leaves: jax.Array) -> list[jax.Array]:
+        one = lax.optimization_barrier(jnp.ones((), jnp.float32))
+        return [v * one if v.dtype == jnp.float32 else v for v in leaves]
+
+    return lax.platform_dependent(*leaves, tpu=times_one, default=lambda *leaves: list(leaves))
 
 
 def some_x(tape: Tape) -> PyTree:

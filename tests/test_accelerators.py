@@ -58,22 +58,23 @@ def test_that_is_where_differentiating_the_window_contracts_them(programs):
     assert 2 in programs["re-run"]["weight products by depth"]
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ("current", "re-run"),
-        ("stored", "re-run"),
-        ("bfloat16 current", "bfloat16 re-run"),
-    ],
-)
+PAIRS = [
+    ("current", "re-run"),
+    ("stored", "re-run"),
+    ("bfloat16 current", "bfloat16 re-run"),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [*PAIRS, ("jaxbptt.scan", "re-run")])
 def test_scratch_memory_is_that_of_running_the_window_again_at_most(ours, theirs, programs):
-    # On a TPU both are next to nothing, less than the parameters, and differ by its release.
-    parameters = 4 * (128 + 256 + 1) * 4 * 256
-    assert programs[ours]["temporaries"] <= max(programs[theirs]["temporaries"], parameters)
+    assert 0 < programs[ours]["scratch"] <= programs[theirs]["scratch"]
 
 
-def test_an_update_moves_at_most_half_of_the_bytes_of_running_the_window_again(programs):
-    moved = {name: found.get("bytes moved by an update") for name, found in programs.items()}
-    if moved["current"] is None:
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_an_update_moves_at_most_half_of_the_bytes_of_running_the_window_again(
+    ours, theirs, programs
+):
+    mine, other = (programs[name].get("bytes moved by an update") for name in (ours, theirs))
+    if mine is None:
         pytest.skip("only the TPU's compiler says how many bytes a program moves")
-    assert 2 * moved["current"] <= moved["re-run"]
+    assert 0 < 2 * mine <= other

@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -469,6 +470,18 @@ def test_a_donated_update_copies_no_ring(weights):
 
     compiled = update.lower(params, tape, xs[0]).compile()
     assert rings_made_anew(compiled, ring_of(tape)) == []
+
+
+@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_only_a_tpu_multiplies_what_it_reads_by_one(platform, weights):
+    params, carry, xs = cell_arguments(1)
+    recorder = jaxbptt.record(rnn, window=WINDOW, weights=weights)
+    tape = recorder.init(params, carry, xs[0])
+    exported = jax.export.export(jax.jit(online_loop(recorder)), platforms=[platform])
+    text = exported(params, tape, xs).mlir_module()
+    # The one is behind a barrier, and the program has no other.
+    assert ("optimization_barrier" in text) == (platform == "tpu")
 
 
 def test_the_detector_sees_a_ring_written_as_a_whole():
