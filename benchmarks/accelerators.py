@@ -71,6 +71,7 @@ def programs(shape):
         "bfloat16 current": ways.recorded(narrow, window, "current"),
         "grad(lax.scan)": ways.chunks(model, window),
         "jaxbptt.scan": ways.scanned_chunks(model, window),
+        "bfloat16 jaxbptt.scan": ways.scanned_chunks(narrow, window),
     }
 
 

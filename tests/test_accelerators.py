@@ -37,9 +37,10 @@ def programs(request):
 
 
 OURS = ["current", "stored", "bfloat16 current"]
+SCANS = ["jaxbptt.scan", "bfloat16 jaxbptt.scan"]
 
 
-@pytest.mark.parametrize("name", [*OURS, "jaxbptt.scan"])
+@pytest.mark.parametrize("name", [*OURS, *SCANS])
 def test_no_copy_of_a_ring_in_the_loop_over_the_lags(name, programs):
     assert not [depth for depth in programs[name]["ring copies by depth"] if depth >= 2]
 
@@ -49,7 +50,7 @@ def test_no_copy_of_a_ring_in_the_loop_over_the_updates(name, programs):
     assert not [depth for depth in programs[name]["ring copies by depth"] if depth >= 1]
 
 
-@pytest.mark.parametrize("name", [*OURS, "jaxbptt.scan"])
+@pytest.mark.parametrize("name", [*OURS, *SCANS])
 def test_each_weight_is_contracted_outside_the_loop_over_the_lags(name, programs):
     assert set(programs[name]["weight products by depth"]) == {1}
 
@@ -63,9 +64,10 @@ PAIRS = [
     ("stored", "re-run"),
     ("bfloat16 current", "bfloat16 re-run"),
 ]
+SCAN_PAIRS = [("jaxbptt.scan", "re-run"), ("bfloat16 jaxbptt.scan", "bfloat16 re-run")]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [*PAIRS, ("jaxbptt.scan", "re-run")])
+@pytest.mark.parametrize(("ours", "theirs"), [*PAIRS, *SCAN_PAIRS])
 def test_scratch_memory_is_that_of_running_the_window_again_at_most(ours, theirs, programs):
     assert 0 < programs[ours]["scratch"] <= programs[theirs]["scratch"]
 
