@@ -10,6 +10,7 @@ of interleaved runs. The whole takes about a quarter of an hour on two cores.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -50,6 +51,14 @@ GRID = [
 ]
 EVERY = 5
 SMALL = [GRID[i] for i in (0, 1, 2, 7, 8, 11, 13)]
+CHUNKS = [*SMALL[:5], GRID[11], Shape("GRU", 8, 128, 256, 20), GRID[12], GRID[15]]
+# What PyTorch's ways are asked for.
+TORCH_CELLS = {
+    "sliding": ("LSTM", "GRU"),
+    "chunks": ("LSTM", "GRU"),
+    "ignite": ("LSTM",),
+    "snntorch": ("LIF",),
+}
 
 
 class Torch:
@@ -68,12 +77,12 @@ class Torch:
 
     def seconds(self, way, shape, steps, repeats):
         """Median seconds per step; None without the library, or for what it isn't asked."""
-        if self.process is None or shape.cell != ("LIF" if way == "snntorch" else "LSTM"):
+        if self.process is None or shape.cell not in TORCH_CELLS[way]:
             return None
         took = []
-        sizes = shape.batch, shape.inputs, shape.hidden, shape.window, steps
+        request = way, *dataclasses.astuple(shape), steps
         for _ in range(repeats):
-            print(way, *sizes, file=self.process.stdin, flush=True)
+            print(*request, file=self.process.stdin, flush=True)
             took.append(float(self._line()))
         return None if math.isnan(took[0]) else statistics.median(took)
 
@@ -147,14 +156,10 @@ def chunks(shape, repeats, torch):
         "jaxbptt.scan": ways.scanned_chunks(model, shape.window),
         "record": ways.recorded_every(model, shape.window, shape.window),
     }
-    if shape.cell == "LSTM":
+    if shape.cell in ("LSTM", "GRU"):
         contestants["nnx.RNN"] = ways.nnx_chunks(model, shape.window)
     took = per_step(contestants, steps, repeats)
-    for column, way in (
-        ("PyTorch nn.LSTM", "chunks"),
-        ("Ignite", "ignite"),
-        ("snnTorch", "snntorch"),
-    ):
+    for column, way in (("PyTorch", "chunks"), ("Ignite", "ignite"), ("snnTorch", "snntorch")):
         took[column] = torch.seconds(way, shape, 10 * shape.window, repeats)
     return took
 
@@ -217,7 +222,7 @@ SECTIONS = {
     "online": (online, GRID),
     "every": (every, SMALL),
     "recording": (recording, SMALL),
-    "chunks": (chunks, [*SMALL[:5], GRID[15]]),
+    "chunks": (chunks, CHUNKS),
     "compiling": (compiling, SMALL),
     "window": (curve, WINDOWS),
     "batch": (curve, BATCHES),

@@ -2,12 +2,12 @@
 
     python benchmarks/torch_sliding.py [THREADS]
 
-reads lines `way B D H window steps` and answers each with seconds per step. The ways:
+reads lines `way cell B D H window steps` and answers each with seconds per step. The ways:
 
 * sliding: the loop of the PyTorch forum's recipe for windows (k1 = 1, k2 = window), every
   step's graph retained and walked back by hand. An optimiser that steps in place makes
   PyTorch raise there, so parameters are changed behind autograd's back, through `.data`.
-* chunks: `nn.LSTM` over `window` steps and one backward pass for each.
+* chunks: `nn.LSTM` or `nn.GRU` over `window` steps and one backward pass for each.
 * ignite: the same by Ignite's trainer for truncated backpropagation.
 * snntorch: its `backprop.TBPTT` on recurrent leaky neurons. It raises on input that varies in time
   (UnboundLocalError, version 1.0.0), so it gets one that doesn't.
@@ -22,19 +22,29 @@ import warnings
 import torch
 
 RATE = 1e-4
+PARTS = {"LSTM": 2, "GRU": 1}  # of the state
 
 
-def sliding(batch, inputs, hidden, window, steps):
+def whole(state):
+    """The state as its cell takes it: a GRU's is no tuple."""
+    return state if len(state) > 1 else state[0]
+
+
+def parts(state):
+    """The state as a tuple."""
+    return state if isinstance(state, tuple) else (state,)
+
+
+def sliding(name, batch, inputs, hidden, window, steps):
     """Seconds per step, an SGD update at every one."""
-    cell, xs = torch.nn.LSTMCell(inputs, hidden), torch.randn(steps, batch, inputs)
-    state = torch.zeros(batch, hidden), torch.zeros(batch, hidden)
-    states = [(None, state)]
+    cell, xs = getattr(torch.nn, f"{name}Cell")(inputs, hidden), torch.randn(steps, batch, inputs)
+    states = [(None, tuple(torch.zeros(batch, hidden) for _ in range(PARTS[name])))]
     start = None
     for t, x in enumerate(xs):
         if t == min(2 * window, steps // 2):
             start = time.perf_counter(), t
         before = tuple(v.detach().requires_grad_() for v in states[-1][1])
-        states.append((before, cell(x, before)))
+        states.append((before, parts(cell(x, whole(before)))))
         states = states[-window:]
         cell.zero_grad()
         loss = ((states[-1][1][0] - 0.1) ** 2).mean()
@@ -52,27 +62,27 @@ def sliding(batch, inputs, hidden, window, steps):
     return (time.perf_counter() - start[0]) / (steps - start[1])
 
 
-def chunks(batch, inputs, hidden, window, steps):
+def chunks(name, batch, inputs, hidden, window, steps):
     """Seconds per step, an SGD update for every chunk."""
-    model, xs = torch.nn.LSTM(inputs, hidden), torch.randn(steps, batch, inputs)
+    model, xs = getattr(torch.nn, name)(inputs, hidden), torch.randn(steps, batch, inputs)
     optimizer = torch.optim.SGD(model.parameters(), RATE)
-    state = torch.zeros(1, batch, hidden), torch.zeros(1, batch, hidden)
+    state = whole(tuple(torch.zeros(1, batch, hidden) for _ in range(PARTS[name])))
     start = None
     for t in range(0, steps - window + 1, window):
         if t == window:
             start = time.perf_counter(), t
-        ys, state = model(xs[t : t + window], tuple(v.detach() for v in state))
+        ys, state = model(xs[t : t + window], whole(tuple(v.detach() for v in parts(state))))
         optimizer.zero_grad()
         ((ys - 0.1) ** 2).mean(dim=(1, 2)).sum().backward()
         optimizer.step()
     return (time.perf_counter() - start[0]) / (t + window - start[1])
 
 
-def ignite(batch, inputs, hidden, window, steps):
+def ignite(name, batch, inputs, hidden, window, steps):
     """Seconds per step, an SGD update for every chunk."""
     from ignite.contrib.engines.tbptt import create_supervised_tbptt_trainer
 
-    model = torch.nn.LSTM(inputs, hidden)
+    model = getattr(torch.nn, name)(inputs, hidden)
     trainer = create_supervised_tbptt_trainer(
         model,
         torch.optim.SGD(model.parameters(), RATE),
@@ -84,8 +94,9 @@ def ignite(batch, inputs, hidden, window, steps):
     return of_second_run(lambda: trainer.run(data, max_epochs=1)) / steps
 
 
-def snntorch(batch, inputs, hidden, window, steps):
+def snntorch(name, batch, inputs, hidden, window, steps):
     """Seconds per step, an SGD update for every chunk."""
+    del name  # it has its own
     warnings.simplefilter("ignore")  # it says of itself that it will go
     import snntorch as snn
     from snntorch import backprop, functional
@@ -116,9 +127,9 @@ def main():
         torch.set_num_threads(int(sys.argv[1]))
     print(torch.__version__, flush=True)
     for line in sys.stdin:
-        way, *numbers = line.split()
+        way, name, *numbers = line.split()
         try:
-            print(WAYS[way](*map(int, numbers)), flush=True)
+            print(WAYS[way](name, *map(int, numbers)), flush=True)
         except ImportError:
             print("nan", flush=True)
 

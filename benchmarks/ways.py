@@ -182,18 +182,20 @@ def scanned_chunks(problem, window):
 
 
 def nnx_chunks(problem, window):
-    """The same with flax: `nnx.RNN` of an `nnx.OptimizedLSTMCell`, parameters of its own."""
+    """The same with flax: `nnx.RNN` of its own LSTM or GRU cell, parameters of its own."""
     from flax import nnx
 
-    h, c = problem.carry
-    cell = nnx.OptimizedLSTMCell(problem.xs.shape[-1], h.shape[-1], rngs=nnx.Rngs(0))
+    parts = jax.tree.leaves(problem.carry)
+    cell_type = nnx.OptimizedLSTMCell if len(parts) == 2 else nnx.GRUCell
+    cell = cell_type(problem.xs.shape[-1], parts[0].shape[-1], rngs=nnx.Rngs(0))
     rnn = nnx.RNN(cell, time_major=True, return_carry=True)
     graph, params, rest = nnx.split(rnn, nnx.Param, ...)
 
     def run(params, carry, rows):
         return nnx.merge(graph, params, rest)(rows, initial_carry=carry)
 
-    return by_chunks(problem, window, run, params, (c, h))
+    carry = tuple(parts[::-1]) if len(parts) == 2 else parts[0]  # flax has c in front of h
+    return by_chunks(problem, window, run, params, carry)
 
 
 def first(xs):
