@@ -1,0 +1,278 @@
+"""The levers that are not in the library, each against the same program without it.
+
+    python benchmarks/levers.py [--repeats 5] [--only NAME ...]
+
+prints for each shape the time of an update (1 is without) and the bytes of the tape. What no
+caller could write is put in by patching the library's insides: this goes with the commit that it
+is in. Then the levers that are no part of an update's loop: a step donated, a short LSTM chain
+whose carry is shared between slots, and a diagonal chain as an associative scan.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import math
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import measure
+import ways
+from all import prepared
+from cells import Shape, lstm, problem
+from jax import lax
+
+import jaxbptt
+from jaxbptt import _chain, _tape
+
+SHAPES = [
+    Shape("LSTM", 1, 32, 64, 50),
+    Shape("LSTM", 1, 128, 256, 20),
+    Shape("LSTM", 8, 128, 256, 20),
+    Shape("LSTM", 32, 128, 256, 20),
+    Shape("LIF", 8, 64, 256, 50),
+    Shape("GRU", 1, 128, 256, 20),
+    Shape("LRU", 8, 64, 256, 50),
+    Shape("LSTM", 8, 128, 256, 5),
+]
+NARROW = jnp.bfloat16
+
+
+# ------------------------------------------------------------ in the online loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Unrolling:
+    """`jax.lax`, whose `scan` takes so many trips at once."""
+
+    trips: int
+
+    def __getattr__(self, name):
+        """All else is as it is."""
+        return getattr(lax, name)
+
+    def scan(self, body, init, xs):
+        return lax.scan(body, init, xs, unroll=self.trips)
+
+
+def stored_as(slot, to, back):
+    """Patches what the ring keeps of a step: `to` of its residuals, and `back` from there."""
+    blank, push, reader = _tape.blank, _tape.push, _tape.reader
+
+    def another_blank(*args):
+        tape = blank(*args)
+        return dataclasses.replace(tape, _ring=jax.vmap(to)(tape._ring))
+
+    def another_push(tape, carry, residuals):
+        return push(tape, carry, to(residuals))
+
+    def another_reader(*args):
+        read = reader(*args)
+        return lambda lag: back(read(lag))
+
+    return mock.patch.multiple(
+        _tape,
+        blank=another_blank,
+        push=another_push,
+        reader=another_reader,
+        layout=lambda tape: slot,
+    )
+
+
+def narrow(slot):
+    """The ring in bfloat16."""
+
+    def to(residuals):
+        return [v.astype(NARROW) if v.dtype == jnp.float32 else v for v in residuals]
+
+    def back(read):
+        return [v.astype(kind.dtype) for v, kind in zip(read, slot, strict=True)]
+
+    return stored_as(slot, to, back)
+
+
+def packed(slot):
+    """All leaves in one array."""
+    ends = [0]
+    for kind in slot:
+        ends.append(ends[-1] + math.prod(kind.shape))
+
+    def to(residuals):
+        return [jnp.concatenate([jnp.ravel(v) for v in residuals])]
+
+    def back(read):
+        pieces = [read[0][a:b] for a, b in itertools.pairwise(ends)]
+        return [v.reshape(kind.shape) for v, kind in zip(pieces, slot, strict=True)]
+
+    return stored_as(slot, to, back)
+
+
+def online(shape, repeats):
+    """A line for each lever: the time and the tape's bytes, over those without it."""
+    model, steps = prepared(shape)
+    rec = jaxbptt.record(model.step, window=shape.window, weights="current")
+    x = ways.first(model.xs)
+    slot = _tape.layout(jax.eval_shape(rec.init, model.params, model.carry, x))
+    policy = jax.checkpoint_policies.dots_saveable
+    checked = dataclasses.replace(model, step=jax.checkpoint(model.step, policy=policy))
+    unrollings = {f"unrolled by {n}": n for n in (2, 4, shape.window)}
+    levers = {"": (model, contextlib.nullcontext())}
+    levers |= {
+        k: (model, mock.patch.object(_chain, "lax", Unrolling(n))) for k, n in unrollings.items()
+    }
+    levers |= {
+        "ring in bfloat16": (model, narrow(slot)),
+        "ring packed": (model, packed(slot)),
+        "jax.checkpoint, dots_saveable": (checked, contextlib.nullcontext()),
+    }
+    contestants, size = {}, {}
+    for name, (problem_, patch) in levers.items():
+        with patch:
+            function, state = ways.recorded(problem_, shape.window, "current")
+            contestants[name] = function.lower(state).compile(), state
+            size[name] = state[1].nbytes
+    took = measure.medians(contestants, repeats)
+    print(f"{shape}: {1e6 * took[''] / steps:.0f} µs")
+    for name in filter(None, took):
+        print(
+            f"  {name}: {took[name] / took['']:.2f}, bytes {size[name] / size['']:.2f}", flush=True
+        )
+
+
+# ------------------------------------------------------------- and beside it
+
+
+def donation(repeats):
+    """A single jitted step with its state donated, and without."""
+    for shape in SHAPES[1], SHAPES[3]:
+        model = problem(shape, shape.window)
+        rec = jaxbptt.record(model.step, window=shape.window, weights="current")
+        x = ways.first(model.xs)
+
+        def update(state, rec=rec, model=model, x=x):
+            params, tape = state
+
+            def loss_fn(params):
+                new_tape, y = rec(params, tape, x)
+                return model.loss(y, x), new_tape
+
+            (loss, tape), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            return (ways.sgd(params, grads), tape), loss
+
+        state = model.params, rec.init(model.params, model.carry, x)
+        both = {
+            "kept": (jax.jit(update), state),
+            "donated": (jax.jit(update, donate_argnums=0), state),
+        }
+        took = measure.medians(both, 40 * repeats)
+        print(f"{shape}: donated {took['donated'] / took['kept']:.2f}", flush=True)
+
+
+def lstm_by_hand(shape, shared):
+    """The online loop of an LSTM; `shared`: h is made again from the step before, o · tanh(c)."""
+    model, window = problem(shape, shape.window), shape.window
+
+    def slot_of(params, carry, x):
+        (h, c), _ = lstm(params, carry, x)
+        gates = x @ params["wx"] + carry[0] @ params["wh"] + params["b"]
+        i, f, g, o = jnp.split(gates, 4, axis=-1)
+        i, f, o, g = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jax.nn.sigmoid(o), jnp.tanh(g)
+        slot = {"i": i, "f": f, "g": g, "o": o, "tanh": jnp.tanh(c), "c": carry[1], "x": x}
+        return (h, c), slot if shared else slot | {"h": carry[0]}
+
+    def update(state, x):
+        params, carry, ring, t = state
+        carry, slot = slot_of(params, carry, x)
+        # One slot more, for the oldest step's h.
+        ring = {k: ways.put(r, slot[k], t % len(r)) for k, r in ring.items()}
+        loss, ct_h = jax.value_and_grad(model.loss)(carry[0], x)
+
+        def at(name, lag):
+            leaf = ring[name]
+            place = (t - lag) % len(leaf)
+            return lax.dynamic_index_in_dim(leaf, place, 0, keepdims=False)
+
+        def trip(lam, lag):
+            ct_h, ct_c = lam
+            i, f, g, o, tanh, c, x = (at(k, lag) for k in ("i", "f", "g", "o", "tanh", "c", "x"))
+            h = at("o", lag + 1) * at("tanh", lag + 1) if shared else at("h", lag)
+            ct_c = ct_c + ct_h * o * (1 - tanh**2)
+            parts = (
+                ct_c * g * i * (1 - i),
+                ct_c * c * f * (1 - f),
+                ct_c * i * (1 - g**2),
+                ct_h * tanh * o * (1 - o),
+            )
+            ct_gates = jnp.concatenate(parts, axis=1)
+            return (ct_gates @ params["wh"].T, ct_c * f), (ct_gates, h, x)
+
+        lags = jnp.arange(window)
+        _, (ct_gates, hs, xs) = lax.scan(trip, (ct_h, jnp.zeros_like(ct_h)), lags)
+        grads = {
+            "wh": jnp.einsum("lbh,lbk->hk", hs, ct_gates),
+            "wx": jnp.einsum("lbd,lbk->dk", xs, ct_gates),
+            "b": jnp.sum(ct_gates, (0, 1)),
+        }
+        return (ways.sgd(params, grads), carry, ring, t + 1), loss
+
+    like = jax.eval_shape(slot_of, model.params, model.carry, ways.first(model.xs))[1]
+    more = ("o", "tanh") if shared else ()
+    ring = {k: ways.ring(v, window + (k in more)) for k, v in like.items()}
+    return ways.block(update, model.xs), (model.params, model.carry, ring, jnp.int32(0))
+
+
+def sharing(repeats):
+    """The carry's h shared between slots."""
+    for shape in SHAPES[3], SHAPES[2], SHAPES[1]:
+        both = {shared: lstm_by_hand(shape, shared) for shared in (False, True)}
+        took = measure.medians(both, 4 * repeats)
+        size = {
+            k: sum(v.nbytes for v in jax.tree.leaves(state[2])) for k, (_, state) in both.items()
+        }
+        ratio, bytes_ = took[True] / took[False], size[True] / size[False]
+        print(f"{shape}: h shared {ratio:.2f}, bytes {bytes_:.2f}", flush=True)
+
+
+def associative(repeats):
+    """λ of a diagonal recurrence over all lags: one after the other, and as an associative scan."""
+    for window, batch, hidden in (20, 1, 64), (50, 8, 256), (50, 32, 256), (200, 8, 256):
+        phases = jax.random.normal(jax.random.key(0), (window, batch, hidden))
+        decays = 0.9 * jnp.exp(1j * phases).astype(jnp.complex64)
+
+        def loop(state):
+            decays, lam = state
+            body = lambda lam, decay: (decay * lam,) * 2  # noqa: E731
+            return state, lax.scan(body, lam, decays)[1]
+
+        def scanned(state):
+            decays, lam = state
+            return state, lax.associative_scan(jnp.multiply, decays) * lam
+
+        state = decays, jnp.ones((batch, hidden), jnp.complex64)
+        both = {"loop": (jax.jit(loop), state), "associative": (jax.jit(scanned), state)}
+        # The state comes out as it went in: what is measured is the second output.
+        took = measure.medians(both, 10 * repeats)
+        shape = f"{window}, {batch}, {hidden}"
+        print(f"LRU {shape}: associative {took['associative'] / took['loop']:.2f}", flush=True)
+
+
+BESIDE = {"donation": donation, "sharing": sharing, "associative": associative}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=("online", *BESIDE), metavar="NAME")
+    args = parser.parse_args()
+    chosen = args.only or ["online", *BESIDE]
+    if "online" in chosen:
+        for shape in SHAPES:
+            online(shape, args.repeats)
+    for name in BESIDE:
+        if name in chosen:
+            BESIDE[name](args.repeats)
+
+
+if __name__ == "__main__":
+    main()
