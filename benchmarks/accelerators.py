@@ -89,7 +89,7 @@ def facts(text, shape):
 
 
 def compiled_with_scratch(lowered):
-    """The program, and how many bytes of each memory the compiler sets aside for it to work in.
+    """The program, and how many bytes of all memories the compiler sets aside for it to work in.
 
     Not `memory_analysis`: on a TPU it leaves out the memory on the chip, where all arrays of
     a small program are, and counts the tables of the loops' tuples, 16 KiB for each.
@@ -120,8 +120,9 @@ def unrolled(closed, lags, outermost=True):
     """The same program, each scan inside of another taking so many of its trips at once."""
 
     def inner(value, scan):
-        closed = isinstance(value, jax.extend.core.ClosedJaxpr)
-        return unrolled(value, lags, outermost and not scan) if closed else value
+        if not isinstance(value, jax.extend.core.ClosedJaxpr):
+            return value
+        return unrolled(value, lags, outermost and not scan)
 
     eqns = []
     for eqn in closed.jaxpr.eqns:

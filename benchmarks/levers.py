@@ -11,6 +11,7 @@ whose carry is shared between slots, and a diagonal chain as an associative scan
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from unittest import mock
@@ -19,23 +20,14 @@ import jax
 import jax.numpy as jnp
 import measure
 import ways
-from all import prepared
-from cells import Shape, lstm, problem
+from all import GRID, prepared
+from cells import lstm, problem
 from jax import lax
 
 import jaxbptt
 from jaxbptt import _chain, _tape
 
-SHAPES = [
-    Shape("LSTM", 1, 32, 64, 50),
-    Shape("LSTM", 1, 128, 256, 20),
-    Shape("LSTM", 8, 128, 256, 20),
-    Shape("LSTM", 32, 128, 256, 20),
-    Shape("LIF", 8, 64, 256, 50),
-    Shape("GRU", 1, 128, 256, 20),
-    Shape("LRU", 8, 64, 256, 50),
-    Shape("LSTM", 8, 128, 256, 5),
-]
+SHAPES = [GRID[i] for i in (8, 0, 1, 2, 15, 11, 14, 10)]
 NARROW = jnp.bfloat16
 
 
@@ -150,16 +142,7 @@ def donation(repeats):
         rec = jaxbptt.record(model.step, window=shape.window, weights="current")
         x = ways.first(model.xs)
 
-        def update(state, rec=rec, model=model, x=x):
-            params, tape = state
-
-            def loss_fn(params):
-                new_tape, y = rec(params, tape, x)
-                return model.loss(y, x), new_tape
-
-            (loss, tape), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            return (ways.sgd(params, grads), tape), loss
-
+        update = functools.partial(ways.updating(model, rec), x=x)
         state = model.params, rec.init(model.params, model.carry, x)
         both = {
             "kept": (jax.jit(update), state),

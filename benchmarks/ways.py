@@ -25,9 +25,8 @@ def block(update, xs):
     return jax.jit(lambda state: lax.scan(update, state, xs), donate_argnums=0)
 
 
-def recorded(problem, window, weights):
-    """jaxbptt, an update at every step."""
-    rec = jaxbptt.record(problem.step, window=window, weights=weights)
+def updating(problem, rec):
+    """One update of (params, tape) by the gradient of this step's loss."""
 
     def update(state, x):
         params, tape = state
@@ -39,8 +38,14 @@ def recorded(problem, window, weights):
         (loss, tape), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return (sgd(params, grads), tape), loss
 
+    return update
+
+
+def recorded(problem, window, weights):
+    """jaxbptt, an update at every step."""
+    rec = jaxbptt.record(problem.step, window=window, weights=weights)
     tape = rec.init(problem.params, problem.carry, first(problem.xs))
-    return block(update, problem.xs), (problem.params, tape)
+    return block(updating(problem, rec), problem.xs), (problem.params, tape)
 
 
 def recorded_every(problem, window, every):
