@@ -71,8 +71,13 @@ def like(aval: Any) -> Any:
 
 def zeros(aval: Any) -> jax.Array:
     """Zeros of a type, varying over the same mesh axes inside `shard_map`."""
+    return filled(aval, 0)
+
+
+def filled(aval: Any, number: int) -> jax.Array:
+    """The same with another number everywhere, as far as the dtype has it."""
     sharding = aval.sharding if isinstance(aval, LeafType) else explicit(aval)
-    array = jnp.zeros(aval.shape, aval.dtype, device=sharding)
+    array = jnp.full(aval.shape, number, aval.dtype, device=sharding)
     axes = tuple(sorted(aval.varying if isinstance(aval, LeafType) else varying(aval)))
     if not axes:
         return array

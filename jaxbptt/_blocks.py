@@ -1,10 +1,13 @@
 """A loop over time in blocks of steps, so that what is kept for a block stays small."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+
+from jaxbptt._stacks import scan_stacking
+from jaxbptt._types import leaf_type
 
 _SHARE = 0.15  # what a block keeps takes at most this share of what `jax.vjp` would hold
 _FEWEST = 8  # steps in a block: fewer save little memory, and cost a sum of all weights each
@@ -36,6 +39,8 @@ def in_blocks(
     state: Any,
     length: int,
     block: int,
+    kinds: Iterable,
+    first: int,
     *,
     descending: bool,
 ) -> tuple[Any, list]:
@@ -47,6 +52,8 @@ def in_blocks(
         state: the first state.
         length: how many rows there are.
         block: how many a block has.
+        kinds: types or abstract values of one row of each output.
+        first: see `scan_stacking`.
         descending: whether to go from the last row to the first.
     """
     if block == length:
@@ -57,7 +64,10 @@ def in_blocks(
         state, part = run(state, jnp.int32(length - rest if descending else 0), rest)
         parts.append(part)
     starts = (0 if descending else rest) + block * jnp.arange(count, dtype=jnp.int32)
-    state, outs = lax.scan(lambda s, i: run(s, i, block), state, starts, reverse=descending)
+    of_block = [leaf_type(kind).stacked(block) for kind in kinds]
+    state, outs = scan_stacking(
+        lambda s, i: run(s, i, block), state, starts, of_block, count, first, reverse=descending
+    )
     parts.append([v.reshape(count * block, *v.shape[2:]) for v in outs])
     if descending:
         parts.reverse()

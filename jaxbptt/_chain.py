@@ -20,6 +20,7 @@ from jaxbptt._closure import Closure
 from jaxbptt._contract import where_or_zero
 from jaxbptt._interpret import ZERO, Value
 from jaxbptt._pulls import name_of
+from jaxbptt._stacks import scan_stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +190,15 @@ def _sweep(
         lam = _each(jnp.where, followed, older, lam)
         xs = densify(outs[len(lam) :], kinds["x"] if keep_xs else [])
         kept = [where_or_zero(live, v) for v in (*xs, *emitted)]
-        return (lam, split.add(sums, terms, live)), (kept[: len(xs)], kept[len(xs) :])
+        return (lam, split.add(sums, terms, live)), kept
 
     lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
-    (lam, sums), (xs, emitted) = lax.scan(trip, (lam, split.zero_sums()), (lags, part.ct_ys))
+    x_kinds = kinds["x"] if keep_xs else []
+    kept_kinds = [*x_kinds, *(v.aval for v in split.emitted)]
+    (lam, sums), kept = scan_stacking(
+        trip, (lam, split.zero_sums()), (lags, part.ct_ys), kept_kinds, len(lags), first=0
+    )
+    xs, emitted = kept[: len(x_kinds)], kept[len(x_kinds) :]
     unvaried = closure.unvaried(split, window.fixed)
     weights = split.finish(consts, unvaried, split.contract(emitted), sums)
     return WindowCotangents(weights, lam, xs)

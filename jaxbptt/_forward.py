@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from jax import lax
-
 from jaxbptt._avals import size_in_bytes
 from jaxbptt._blocks import block_of, block_size, in_blocks
 from jaxbptt._closure import Closure
+from jaxbptt._stacks import scan_stacking
 from jaxbptt._stages import divide
 
 
@@ -52,11 +51,19 @@ def record_run(
         def trip(carry: list, row: tuple[list, list]) -> tuple[list, list]:
             return stages.trip(env, carry, *row)
 
-        carry, cut = lax.scan(
-            trip, carry, (x, early), length=size, reverse=reverse, unroll=max(1, min(unroll, size))
+        carry, cut = scan_stacking(
+            trip,
+            carry,
+            (x, early),
+            [v.aval for v in stages.cut],
+            size,
+            first=0,
+            reverse=reverse,
+            unroll=max(1, min(unroll, size)),
         )
         return carry, stages.behind(env, x, early, cut, size)
 
-    carry, outs = in_blocks(run, init, length, block, descending=reverse)
+    kinds = [v.aval for v in ys + made]
+    carry, outs = in_blocks(run, init, length, block, kinds, first=24, descending=reverse)
     stacks = dict(zip((*row, *made), (*xs, *outs[len(ys) :]), strict=True))
     return carry, outs[: len(ys)], [stacks[v] for v in residuals]

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbptt._blocks import rows
 from jaxbptt._closure import Closure
+from jaxbptt._stacks import scan_stacking
 
 
 def replayed(
@@ -34,12 +34,12 @@ def replayed(
     def body(carry: list, lag: Any) -> tuple[list, list]:
         given = read(lag)
         recorded, x = given[:n], given[n:]
-        oldest = lag >= length - 1  # later carries are made again
-        carry = [jnp.where(oldest, v, c) for v, c in zip(recorded, carry, strict=True)]
+        begins = lag >= length - 1  # later carries are made again
+        carry = [jnp.where(begins, v, c) for v, c in zip(recorded, carry, strict=True)]
         (carry, _, _), residuals, _ = closure.forward(params, carry, x)
         return jax.tree.leaves(carry), residuals
 
-    _, stacks = lax.scan(
-        body, read(window - 1)[:n], jnp.arange(window, dtype=jnp.int32), reverse=True
-    )
+    lags = jnp.arange(window, dtype=jnp.int32)
+    oldest = read(window - 1)[:n]
+    _, stacks = scan_stacking(body, oldest, lags, closure.slot, window, first=48, reverse=True)
     return lambda lag: rows(stacks, lag)

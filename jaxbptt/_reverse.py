@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbptt._avals import size_in_bytes, zeros
 from jaxbptt._blocks import block_of, block_size, in_blocks, rows
@@ -22,6 +21,7 @@ from jaxbptt._contract import Split
 from jaxbptt._groups import Groups
 from jaxbptt._interpret import ZERO, drop, merge, variables
 from jaxbptt._random_window import times
+from jaxbptt._stacks import scan_stacking
 from jaxbptt._stages import Stages, divide
 
 
@@ -71,7 +71,13 @@ def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[l
     contracted = None if block == groups.length else sweep.split.zero_contractions()
     state = sweep.chains.at_the_end(ct_carry), sweep.split.zero_sums(), contracted
     (lam, sums, contracted), xs = in_blocks(
-        sweep.block_of_steps, state, groups.length, block, descending=not run.reverse
+        sweep.block_of_steps,
+        state,
+        groups.length,
+        block,
+        kinds["x"],
+        first=72,
+        descending=not run.reverse,
     )
     unvaried = closure.unvaried(sweep.split, run.fixed)
     weights = sweep.split.finish(closure.consts["pull"], unvaried, contracted, sums)
@@ -127,8 +133,14 @@ class _Sweep:
         places = start + jnp.arange(size, dtype=jnp.int32)
         these = block_of(self.stacks, start, size)
         early = self.stages.ahead(self.env, these, size)
-        (lam, sums), cut = lax.scan(
-            self.one_step, (lam, sums), (places, early), reverse=not self.run.reverse
+        (lam, sums), cut = scan_stacking(
+            self.one_step,
+            (lam, sums),
+            (places, early),
+            [v.aval for v in self.stages.cut],
+            size,
+            first=48,
+            reverse=not self.run.reverse,
         )
         later = self.stages.behind(self.env, these, early, cut, size)
         if self.run.groups.gaps:
