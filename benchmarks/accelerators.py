@@ -1,7 +1,7 @@
 """Compiles the online loop and `scan` for a TPU v5e or an H100 that need not be there.
 
     python benchmarks/accelerators.py tpu                     # needs libtpu
-    python benchmarks/accelerators.py h100                    # needs jax-cuda12-plugin, -pjrt
+    python benchmarks/accelerators.py h100 --cells stack LRU  # needs jax-cuda12-plugin, -pjrt
 
 prints a line of JSON for each program: bytes of scratch, in all memories of the device; in how many
 loops its ring-shaped copies and its weight-sized products are; and for a TPU the bytes that one
@@ -33,6 +33,7 @@ from jax.sharding import SingleDeviceSharding
 SHAPE = Shape("LSTM", 32, 128, 256, 20)
 STEPS = 60
 H100 = Path(__file__).parent / "h100.txtpb"
+CELLS = ("GRU", "stack", "LRU", "LIF", "language")
 PRODUCTS = "dot|convolution|custom-call"
 
 
@@ -73,6 +74,30 @@ def programs(shape):
         "jaxbptt.scan": ways.scanned_chunks(model, window),
         "bfloat16 jaxbptt.scan": ways.scanned_chunks(narrow, window),
     }
+
+
+def few_programs(shape):
+    """Those of them that are looked at of every other cell."""
+    model, window = problem(shape, STEPS), shape.window
+    return {
+        "re-run": ways.rerun(model, window),
+        "current": ways.recorded(model, window, "current"),
+        "stored": ways.recorded(model, window, "stored"),
+        "jaxbptt.scan": ways.scanned_chunks(model, window),
+    }
+
+
+def main_job():
+    """What `python -m jaxbptt` compiles, as it is without options."""
+    from jaxbptt import _demo, _demo_options
+
+    names = [field.name for field in dataclasses.fields(_demo.Settings)]
+    options = _demo_options.parser().parse_args([])
+    settings = _demo.Settings(**{name: getattr(options, name) for name in names})
+    model = _demo.Model(settings.cell, settings.hidden, symbols=60)
+    online = _demo.online_learner(model, settings)
+    row = jnp.zeros((_demo.BLOCK, settings.batch), jnp.int32)
+    return ways.block(online.update, (row, row)), _demo.begin(online, model, settings)
 
 
 def facts(text, shape):
@@ -139,23 +164,35 @@ def numbers(shape):
     return math.prod(int(n) for n in shape.split("[")[1].rstrip("]").split(",") if n)
 
 
+def report(name, program, shape, where, counted, folder):
+    """Prints the line of one program."""
+    function, state = program
+    like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where), state)
+    compiled, scratch = compiled_with_scratch(function.lower(like))
+    text = compiled.as_text()
+    if folder:
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / f"{name}.txt").write_text(text)
+    found = {"program": name, "scratch": scratch} | facts(text, shape)
+    if counted:
+        found["bytes moved by an update"] = moved(function, like, shape.window)
+    print(json.dumps(found), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=("tpu", "h100"))
+    parser.add_argument("--cells", nargs="*", default=[], choices=CELLS, help="beside the LSTM")
     parser.add_argument("--text", type=Path, help="a folder for the programs' texts")
     args = parser.parse_args()
     where = SingleDeviceSharding(device(args.target))
-    for name, (function, state) in programs(SHAPE).items():
-        like = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where), state)
-        compiled, scratch = compiled_with_scratch(function.lower(like))
-        text = compiled.as_text()
-        if args.text:
-            args.text.mkdir(exist_ok=True, parents=True)
-            (args.text / f"{name}.txt").write_text(text)
-        found = {"program": name, "scratch": scratch} | facts(text, SHAPE)
-        if args.target == "tpu":
-            found["bytes moved by an update"] = moved(function, like, SHAPE.window)
-        print(json.dumps(found), flush=True)
+    for name, program in programs(SHAPE).items():
+        report(name, program, SHAPE, where, args.target == "tpu", args.text)
+    report("main job", main_job(), SHAPE, where, False, args.text)
+    for cell in args.cells:
+        shape = dataclasses.replace(SHAPE, cell=cell)
+        for name, program in few_programs(shape).items():
+            report(f"{cell} {name}", program, shape, where, False, args.text)
 
 
 if __name__ == "__main__":
