@@ -11,17 +11,18 @@ of interleaved runs. The whole takes about a quarter of an hour on two cores.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import measure
 import report
 import ways
@@ -75,37 +76,42 @@ class Torch:
     def _line(self):
         return self.process.stdout.readline().strip()
 
-    def seconds(self, way, shape, steps, repeats):
-        """Median seconds per step; None without the library, or for what it isn't asked."""
-        if self.process is None or shape.cell not in TORCH_CELLS[way]:
-            return None
-        took = []
-        request = way, *dataclasses.astuple(shape), steps
-        for _ in range(repeats):
-            print(*request, file=self.process.stdin, flush=True)
-            took.append(float(self._line()))
-        return None if math.isnan(took[0]) else statistics.median(took)
+    def timers(self, columns, shape, steps):
+        """Of each column's way that there is for the shape, what measures seconds per step."""
+        found = {}
+        for column, way in columns.items():
+            timer = functools.partial(self._seconds, way, shape, steps)
+            asked = self.process is not None and shape.cell in TORCH_CELLS[way]
+            if asked and not math.isnan(timer()):
+                found[column] = timer
+        return found
+
+    def _seconds(self, way, shape, steps):
+        print(way, *dataclasses.astuple(shape), steps, file=self.process.stdin, flush=True)
+        return float(self._line())
 
 
-def prepared(shape):
+def prepared(shape, every=1):
     """The model, and how many steps make a block: some tenths of a second, a window at least."""
     operations, moved = measure.least(problem(shape, 3), shape.window)
-    few = int(0.1 / max(operations / 1e11, moved / 1e10))
-    blocks = -(-max(shape.window, min(400, few)) // shape.window)
+    few = int(every * 0.1 / max(operations / 1e11, moved / 1e10))
+    blocks = -(-max(shape.window, min(4000, few)) // shape.window)
     return problem(shape, blocks * shape.window), blocks * shape.window
 
 
-def per_step(contestants, steps, repeats):
-    return {k: v / steps for k, v in measure.medians(contestants, repeats).items()}
+def per_step(contestants, steps, repeats, timers=None):
+    """Seconds per step of blocks of so many, and of the timers, which say that themselves."""
+    took = measure.medians(contestants, repeats, timers)
+    return {k: v / steps if k in contestants else v for k, v in took.items()}
 
 
-def with_floor(model, window, contestants, steps, repeats):
+def with_floor(model, window, contestants, steps, repeats, timers=None):
     """The same beside the floor, at the rates that the machine had in between."""
     rates = {"product": measure.product(), "copy": measure.copy()}
-    took = measure.medians(contestants | rates, repeats)
+    found = per_step(contestants | rates, steps, repeats, timers)
+    took = {name: steps * found.pop(name) for name in rates}
     floor = measure.floor_seconds(*measure.least(model, window), took)
     multiply, copied = measure.rates(took)
-    found = {name: took[name] / steps for name in contestants}
     return found | {"floor": floor, "multiply": multiply, "copy": copied}
 
 
@@ -119,12 +125,12 @@ def online(shape, repeats, torch):
         "stored": ways.recorded(model, window, "stored"),
         "closures": ways.closures(model, window),
     }
-    took = with_floor(model, window, contestants, steps, repeats)
+    torch_steps = max(2 * window, min(4 * window, 60)) + 20
+    timers = torch.timers({"PyTorch": "sliding"}, shape, torch_steps)
+    took = with_floor(model, window, contestants, steps, repeats, timers)
     rec = jaxbptt.record(model.step, window=window, weights="current")
     tape = jax.eval_shape(rec.init, model.params, model.carry, ways.first(model.xs))
     kept = measure.residual_bytes(model)
-    torch_steps = max(2 * window, min(4 * window, 60)) + 20
-    took["PyTorch"] = torch.seconds("sliding", shape, torch_steps, min(repeats, 3))
     return took | {"tape": tape.nbytes, "kept": kept * window}
 
 
@@ -132,7 +138,7 @@ def every(shape, repeats, torch):
     """An update every few steps, the window four times as long."""
     del torch
     shape = Shape(shape.cell, shape.batch, shape.inputs, shape.hidden, 4 * EVERY)
-    model, steps = prepared(shape)
+    model, steps = prepared(shape, EVERY)
     contestants = {
         "re-run": ways.rerun(model, shape.window, EVERY),
         "current": ways.recorded_every(model, shape.window, EVERY),
@@ -143,14 +149,14 @@ def every(shape, repeats, torch):
 def recording(shape, repeats, torch):
     """Recording without a gradient, against the plain loop."""
     del torch
-    model, steps = prepared(shape)
+    model, steps = prepared(shape, shape.window)
     contestants = {"plain": ways.forward(model), "recorded": ways.unused(model, shape.window)}
     return per_step(contestants, steps, repeats)
 
 
 def chunks(shape, repeats, torch):
     """A whole window, then one update."""
-    model, steps = prepared(shape)
+    model, steps = prepared(shape, shape.window)
     contestants = {
         "grad(lax.scan)": ways.chunks(model, shape.window),
         "jaxbptt.scan": ways.scanned_chunks(model, shape.window),
@@ -158,10 +164,9 @@ def chunks(shape, repeats, torch):
     }
     if shape.cell in ("LSTM", "GRU"):
         contestants["nnx.RNN"] = ways.nnx_chunks(model, shape.window)
-    took = per_step(contestants, steps, repeats)
-    for column, way in (("PyTorch", "chunks"), ("Ignite", "ignite"), ("snnTorch", "snntorch")):
-        took[column] = torch.seconds(way, shape, 10 * shape.window, repeats)
-    return took
+    columns = {"PyTorch": "chunks", "Ignite": "ignite", "snnTorch": "snntorch"}
+    timers = torch.timers(columns, shape, 10 * shape.window)
+    return per_step(contestants, steps, repeats, timers)
 
 
 def compiling(shape, repeats, torch):
@@ -178,6 +183,7 @@ def compiling(shape, repeats, torch):
 
 WINDOWS = [Shape("LSTM", 8, 64, 128, window) for window in (5, 10, 20, 50, 100, 200)]
 BATCHES = [Shape("LSTM", batch, 128, 256, 20) for batch in (1, 4, 16, 64, 128)]
+LONGER = [WINDOWS[2], Shape("LSTM", 1, 32, 64, 20), Shape("GRU", 1, 128, 256, 20)]
 HIDDEN = [Shape("LSTM", 8, 64, hidden, 20) for hidden in (64, 128, 256, 512, 1024)]
 
 
@@ -197,17 +203,39 @@ def curve(shape, repeats, torch):
     return found
 
 
+def longer(shape, repeats, torch):
+    """A window ten times as long."""
+    del torch
+    contestants, steps = {}, {}
+    for window in (shape.window, 10 * shape.window):
+        model, steps[f"{window}"] = prepared(dataclasses.replace(shape, window=window))
+        contestants[f"{window}"] = ways.recorded(model, window, "current")
+    return {k: v / steps[k] for k, v in measure.medians(contestants, repeats).items()}
+
+
 def length(shape, repeats, torch, blocks=100, size=10_000):
-    """A million steps: seconds per step and resident bytes after each block."""
+    """A million steps: seconds per step of each block, and resident bytes after it.
+
+    In turn with them, for the machine has slow minutes, a second run of the first block.
+    """
     del repeats, torch
     model = problem(shape, size)
-    function, state = ways.recorded(model, shape.window, "current")
-    rows = []
+    function, first = ways.recorded(model, shape.window, "current")
+    function = function.lower(first).compile()
+    state, rows = jax.tree.map(jnp.copy, first), []
     for _ in range(blocks):
-        start = time.perf_counter()
-        state = jax.block_until_ready(function(state))[0]
-        rows.append(((time.perf_counter() - start) / size, resident()))
-    return {"seconds": [a for a, _ in rows], "resident": [b for _, b in rows], "block": size}
+        state, block = timed(function, state)
+        _, anew = timed(function, jax.tree.map(jnp.copy, first))
+        rows.append((block / size, anew / size, resident()))
+    seconds, again, bytes_ = zip(*rows, strict=True)
+    return {"seconds": seconds, "first again": again, "resident": bytes_, "block": size}
+
+
+def timed(function, state):
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    state = jax.block_until_ready(function(state))[0]
+    return state, time.perf_counter() - start
 
 
 def resident():
@@ -227,6 +255,7 @@ SECTIONS = {
     "window": (curve, WINDOWS),
     "batch": (curve, BATCHES),
     "hidden": (curve, HIDDEN),
+    "longer": (longer, LONGER),
     "length": (length, [Shape("LSTM", 1, 16, 32, 20)]),
 }
 

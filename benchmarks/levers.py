@@ -4,8 +4,10 @@
 
 prints for each shape the time of an update (1 is without) and the bytes of the tape. What no
 caller could write is put in by patching the library's insides: this goes with the commit that it
-is in. Then the levers that are no part of an update's loop: a step donated, a short LSTM chain
-whose carry is shared between slots, and a diagonal chain as an associative scan.
+is in. The first of them is one taken out: each weight contracted at each lag. Then the levers
+that are no part of an update's loop: a step donated, a diagonal chain as an associative scan,
+and an LSTM's chain by hand, with its carry shared between slots, with operands read from the
+ring once more, and with what depends on parameters alone made at each lag.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from cells import lstm, problem
 from jax import lax
 
 import jaxbptt
-from jaxbptt import _chain, _tape
+from jaxbptt import _split, _stacks, _tape
 
 SHAPES = [GRID[i] for i in (8, 0, 1, 2, 15, 11, 14, 10)]
 NARROW = jnp.bfloat16
@@ -44,8 +46,8 @@ class Unrolling:
         """All else is as it is."""
         return getattr(lax, name)
 
-    def scan(self, body, init, xs):
-        return lax.scan(body, init, xs, unroll=self.trips)
+    def scan(self, body, init, xs, reverse, unroll):
+        return lax.scan(body, init, xs, reverse=reverse, unroll=unroll * self.trips)
 
 
 def stored_as(slot, to, back):
@@ -111,9 +113,10 @@ def online(shape, repeats):
     unrollings = {f"unrolled by {n}": n for n in (2, 4, shape.window)}
     levers = {"": (model, contextlib.nullcontext())}
     levers |= {
-        k: (model, mock.patch.object(_chain, "lax", Unrolling(n))) for k, n in unrollings.items()
+        k: (model, mock.patch.object(_stacks, "lax", Unrolling(n))) for k, n in unrollings.items()
     }
     levers |= {
+        "contracted at each lag": (model, mock.patch.object(_split, "_WORTH", 0)),
         "ring in bfloat16": (model, narrow(slot)),
         "ring packed": (model, packed(slot)),
         "jax.checkpoint, dots_saveable": (checked, contextlib.nullcontext()),
@@ -152,11 +155,25 @@ def donation(repeats):
         print(f"{shape}: donated {took['donated'] / took['kept']:.2f}", flush=True)
 
 
-def lstm_by_hand(shape, shared):
-    """The online loop of an LSTM; `shared`: h is made again from the step before, o · tanh(c)."""
-    model, window = problem(shape, shape.window), shape.window
+def normalised(wh):
+    """A weight whose columns are of length one: what depends on parameters alone."""
+    return wh / jnp.linalg.norm(wh, axis=0)
+
+
+def lstm_by_hand(shape, how):
+    """The online loop of an LSTM, its recurrent weight normalised.
+
+    `how` says in what it differs from the library's way:
+
+    * shared: h is made again from the step before, o · tanh(c).
+    * gathered: h and x are not emitted by the loop over the lags, but read from the ring anew.
+    * in place: nor are they gathered. The gates' cotangents go to their slots' places instead.
+    * at each lag: the weight is normalised at each lag.
+    """
+    model, window, shared = problem(shape, shape.window), shape.window, how == "shared"
 
     def slot_of(params, carry, x):
+        params = params | {"wh": normalised(params["wh"])}
         (h, c), _ = lstm(params, carry, x)
         gates = x @ params["wx"] + carry[0] @ params["wh"] + params["b"]
         i, f, g, o = jnp.split(gates, 4, axis=-1)
@@ -170,16 +187,16 @@ def lstm_by_hand(shape, shared):
         # One slot more, for the oldest step's h.
         ring = {k: ways.put(r, slot[k], t % len(r)) for k, r in ring.items()}
         loss, ct_h = jax.value_and_grad(model.loss)(carry[0], x)
+        wh, pull = jax.vjp(normalised, params["wh"])
 
         def at(name, lag):
             leaf = ring[name]
             place = (t - lag) % len(leaf)
             return lax.dynamic_index_in_dim(leaf, place, 0, keepdims=False)
 
-        def trip(lam, lag):
-            ct_h, ct_c = lam
-            i, f, g, o, tanh, c, x = (at(k, lag) for k in ("i", "f", "g", "o", "tanh", "c", "x"))
-            h = at("o", lag + 1) * at("tanh", lag + 1) if shared else at("h", lag)
+        def trip(state, lag):
+            (ct_h, ct_c), places = state
+            i, f, g, o, tanh, c = (at(k, lag) for k in ("i", "f", "g", "o", "tanh", "c"))
             ct_c = ct_c + ct_h * o * (1 - tanh**2)
             parts = (
                 ct_c * g * i * (1 - i),
@@ -188,12 +205,28 @@ def lstm_by_hand(shape, shared):
                 ct_h * tanh * o * (1 - o),
             )
             ct_gates = jnp.concatenate(parts, axis=1)
-            return (ct_gates @ params["wh"].T, ct_c * f), (ct_gates, h, x)
+            weight = wh
+            if how == "at each lag":
+                weight = normalised(lax.optimization_barrier((params["wh"], lag))[0])
+            lam = ct_gates @ weight.T, ct_c * f
+            if how == "in place":
+                return (lam, ways.put(places, ct_gates, (t - lag) % window)), ()
+            if how == "gathered":
+                return (lam, places), (ct_gates,)
+            h = at("o", lag + 1) * at("tanh", lag + 1) if shared else at("h", lag)
+            return (lam, places), (ct_gates, h, at("x", lag))
 
         lags = jnp.arange(window)
-        _, (ct_gates, hs, xs) = lax.scan(trip, (ct_h, jnp.zeros_like(ct_h)), lags)
+        places = jnp.zeros((window, *slot["i"].shape[:-1], 4 * slot["i"].shape[-1]))
+        begin = (ct_h, jnp.zeros_like(ct_h)), places if how == "in place" else ()
+        (_, places), outs = lax.scan(trip, begin, lags)
+        if how == "in place":
+            outs = places, ring["h"], ring["x"]
+        elif how == "gathered":
+            outs = *outs, *(ring[k][(t - lags) % window] for k in ("h", "x"))
+        ct_gates, hs, xs = outs
         grads = {
-            "wh": jnp.einsum("lbh,lbk->hk", hs, ct_gates),
+            "wh": pull(jnp.einsum("lbh,lbk->hk", hs, ct_gates))[0],
             "wx": jnp.einsum("lbd,lbk->dk", xs, ct_gates),
             "b": jnp.sum(ct_gates, (0, 1)),
         }
@@ -205,16 +238,19 @@ def lstm_by_hand(shape, shared):
     return ways.block(update, model.xs), (model.params, model.carry, ring, jnp.int32(0))
 
 
-def sharing(repeats):
-    """The carry's h shared between slots."""
-    for shape in SHAPES[3], SHAPES[2], SHAPES[1]:
-        both = {shared: lstm_by_hand(shape, shared) for shared in (False, True)}
-        took = measure.medians(both, 4 * repeats)
+def by_hand(repeats):
+    """An LSTM's chain by hand, each way against the library's."""
+    for shape in SHAPES[:4]:
+        ways_ = ("", "shared", "gathered", "in place", "at each lag")
+        contestants = {how: lstm_by_hand(shape, how) for how in ways_}
+        took = measure.medians(contestants, 4 * repeats)
         size = {
-            k: sum(v.nbytes for v in jax.tree.leaves(state[2])) for k, (_, state) in both.items()
+            how: sum(v.nbytes for v in jax.tree.leaves(state[2]))
+            for how, (_, state) in contestants.items()
         }
-        ratio, bytes_ = took[True] / took[False], size[True] / size[False]
-        print(f"{shape}: h shared {ratio:.2f}, bytes {bytes_:.2f}", flush=True)
+        for how in ways_[1:]:
+            ratio, bytes_ = took[how] / took[""], size[how] / size[""]
+            print(f"{shape}, by hand: {how} {ratio:.2f}, bytes {bytes_:.2f}", flush=True)
 
 
 def associative(repeats):
@@ -240,7 +276,7 @@ def associative(repeats):
         print(f"LRU {shape}: associative {took['associative'] / took['loop']:.2f}", flush=True)
 
 
-BESIDE = {"donation": donation, "sharing": sharing, "associative": associative}
+BESIDE = {"donation": donation, "by hand": by_hand, "associative": associative}
 
 
 def main():
