@@ -69,7 +69,9 @@ def type_of(tree: PyTree) -> TreeType:
 
 
 def leaf_type(leaf: Any) -> LeafType:
-    """The type of one array, tracer, abstract value or ShapeDtypeStruct."""
+    """The type of one array, tracer, abstract value or ShapeDtypeStruct; of a type, itself."""
+    if isinstance(leaf, LeafType):
+        return leaf
     if isinstance(leaf, jax.Array):  # tracers are too
         leaf = jax.typeof(leaf)
     return LeafType(tuple(leaf.shape), leaf.dtype, varying(leaf), explicit(leaf))
