@@ -2,9 +2,9 @@
 
 Two questions about a step are answered by reading its jaxpr rather than by
 comparing arrays: which values depend on neither carry nor x (marker UNKNOWN on
-those two), and what remains of a pullback when a cotangent is zero (marker ZERO).
-Both walk the equations in order, bind what has arrays only, put the equations of a
-call (`jit`, `checkpoint`) in its place, and leave the rest to a rule.
+those two), and what remains of a pullback when a cotangent is zero (marker ZERO, `_zero.py`).
+Both walk the equations in order, put the equations of a call (`jit`, `checkpoint`) in
+its place, and leave the rest to a rule.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,8 +13,6 @@ from typing import Any
 import jax
 from jax import lax
 from jax.extend import core
-
-from jaxbptt._avals import zeros
 
 
 class Marker:
@@ -39,7 +37,7 @@ _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "rem
 
 
 def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -> list[Value]:
-    """The outputs of `jaxpr`, where `rule` says what an equation with markers gives."""
+    """The outputs of `jaxpr`, where `rule` says what an equation gives."""
     env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -50,10 +48,8 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
         values = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name in _CALLS:
             outs = interpret(*_called(eqn), values, rule)
-        elif any(isinstance(v, Marker) for v in values):
-            outs = rule(eqn, values)
         else:
-            outs = bind(eqn, values)
+            outs = rule(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -72,7 +68,7 @@ def without_calls(closed: core.ClosedJaxpr, like: Sequence) -> core.ClosedJaxpr:
     """The same program, the equations of every call in its place."""
 
     def run(*args: Any) -> list[Value]:
-        return interpret(closed.jaxpr, closed.consts, args, zero_rule)
+        return interpret(closed.jaxpr, closed.consts, args, bind)
 
     return jax.make_jaxpr(run)(*like)
 
@@ -121,6 +117,8 @@ def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence]:
 
 def known_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """Outputs that depend on an UNKNOWN input are UNKNOWN; loops and branches are split."""
+    if not any(v is UNKNOWN for v in values):
+        return bind(eqn, values)
     if eqn.primitive.name == "scan":
         return _known_scan(eqn, values)
     if eqn.primitive.name == "cond" and values[0] is not UNKNOWN:
@@ -211,40 +209,3 @@ def _kinds(run: Callable[..., list[Value]], *arrays: Any) -> list[Value]:
 
     jax.eval_shape(look, *arrays)
     return kinds
-
-
-# ------------------------------------------------------------- what is zero
-
-# Primitives with one output, linear in their first operand alone ...
-_LINEAR = frozenset(
-    "broadcast_in_dim conj convert_element_type copy copy_p cumsum div dynamic_slice expand_dims "
-    "gather imag name neg real reduce_precision reduce_sum reshape rev sharding_constraint slice "
-    "squeeze transpose".split()
-)
-# ... in each of two, or in this many of their first operands together.
-_BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
-_JOINT = {"pad": 2, "dynamic_update_slice": 2, "sub": 2, "concatenate": None, "stack": None}
-
-
-def zero_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Keeps a zero symbolic through linear primitives and makes it an array elsewhere."""
-    name = eqn.primitive.name
-    zero = [v is ZERO for v in values]
-    if name == "pad" and isinstance(eqn.invars[1], core.Literal) and not eqn.invars[1].val:
-        zero[1] = True
-    if name in ("add", "add_any") and any(zero):
-        return [values[1] if zero[0] else values[0]]
-    if (
-        (name in _LINEAR and zero[0])
-        or (name in _BILINEAR and any(zero))
-        or (name in _JOINT and all(zero[: _JOINT[name]]))
-        or (name == "select_n" and all(zero[1:]))
-        or (name == "scatter-add" and zero[0] and zero[2])
-    ):
-        return [ZERO]
-    return bind(eqn, dense(values, eqn.invars))
-
-
-def dense(values: Sequence[Value], atoms: Sequence) -> list:
-    """`values` with arrays of zeros, of the types of `atoms`, where there is a ZERO."""
-    return [zeros(a.aval) if v is ZERO else v for v, a in zip(values, atoms, strict=True)]

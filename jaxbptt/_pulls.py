@@ -12,8 +12,9 @@ import jax
 from jax.extend import core
 
 from jaxbptt._avals import like
-from jaxbptt._interpret import ZERO, Value, drop, interpret, prune, zero_rule
+from jaxbptt._interpret import ZERO, Value, drop, prune
 from jaxbptt._residuals import Residuals
+from jaxbptt._zero import remaining
 
 # More than elementwise work.
 _HEAVY = ("dot_general", "conv_general_dilated", "scan", "while", "cond", "scatter-add")
@@ -60,7 +61,7 @@ def trace_pulls(
             lam = [ZERO if o else v for o, v in zip(over, args[n : n + n_carry], strict=True)]
             ct_y = args[n + n_carry :] if with_y else [ZERO] * (len(cts) - n_carry)
             values = [*residuals.every(args[:n]), *lam, *ct_y]
-            outs = interpret(pull.jaxpr, pull.consts, values, zero_rule)
+            outs = remaining(pull, values)
             zero[:] = [v is ZERO for v in outs]
             return drop(outs, outs)
 

@@ -1,0 +1,76 @@
+"""What remains of a jaxpr when some of its inputs are zero.
+
+A zero stays symbolic through linear primitives, so that nothing is computed with it. JAX's
+own pullbacks also begin arrays as zeros, to add to (of a gather, of the branch that a select
+does not take). Those are _BLANK: as good as ZERO beside a ZERO, and an array elsewhere, where
+zero times infinity has to be what it would have been.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend import core
+
+from jaxbptt._avals import zeros
+from jaxbptt._interpret import ZERO, Marker, Value, bind, interpret
+from jaxbptt._types import leaf_type
+
+_BLANK = Marker("BLANK")
+
+# Primitives linear in their first operand alone ...
+_LINEAR = frozenset(
+    "broadcast_in_dim conj convert_element_type copy copy_p cumsum div dynamic_slice expand_dims "
+    "fft gather imag name neg pvary real reduce_precision reduce_sum reduce_window_sum reshape rev "
+    "select_and_scatter_add sharding_constraint slice split squeeze transpose".split()
+)
+# ... in each of two, or in this many of their first operands together.
+_BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
+_JOINT: dict[str, int | None] = {"complex": 2, "dynamic_update_slice": 2, "pad": 2, "sub": 2}
+_JOINT |= {"concatenate": None, "stack": None}
+# What leaves an array that begins as zeros as it was.
+_MOVED = frozenset({"broadcast_in_dim", "pvary", "reshape", "transpose"})
+
+
+def remaining(closed: core.ClosedJaxpr, values: Sequence[Value]) -> list[Value]:
+    """The outputs of a linear program of which some inputs are ZERO: arrays, or ZERO."""
+    outs = interpret(closed.jaxpr, closed.consts, values, _zero_rule)
+    kept = _dense(outs, closed.jaxpr.outvars)
+    return [v if v is ZERO else array for v, array in zip(outs, kept, strict=True)]
+
+
+def _zero_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    name, zero = eqn.primitive.name, [v is ZERO for v in values]
+    if _begins_as_zeros(eqn) or (name in _MOVED and values[0] is _BLANK):
+        return [_BLANK]
+    if not any(zero):
+        return bind(eqn, _dense(values, eqn.invars))
+    if name in ("add", "add_any"):
+        return [values[1] if zero[0] else values[0]]
+    blank = [isinstance(v, Marker) or _is_0(a) for v, a in zip(values, eqn.invars, strict=True)]
+    if name == "scatter-add" and zero[2] and not blank[0]:
+        return [values[0]]
+    if (
+        (name in _LINEAR and zero[0])
+        or (name in _BILINEAR and any(zero))
+        or (name in _JOINT and all(blank[: _JOINT[name]]))
+        or (name == "select_n" and all(blank[1:]))
+        or (name in ("scatter", "scatter-add") and blank[0] and blank[2])
+    ):
+        return [ZERO] * len(eqn.outvars)
+    return bind(eqn, _dense(values, eqn.invars))
+
+
+def _dense(values: Sequence[Value], atoms: Sequence) -> list:
+    return [
+        zeros(a.aval) if isinstance(v, Marker) else v for v, a in zip(values, atoms, strict=True)
+    ]
+
+
+def _begins_as_zeros(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name != "broadcast_in_dim":
+        return False
+    return _is_0(eqn.invars[0]) and leaf_type(eqn.outvars[0].aval).differentiable
+
+
+def _is_0(atom: Any) -> bool:
+    return isinstance(atom, core.Literal) and not atom.val

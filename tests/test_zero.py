@@ -1,0 +1,132 @@
+"""What is left of a pullback when some of its cotangents are zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxbptt
+from jaxbptt._interpret import ZERO
+from jaxbptt._zero import remaining
+
+BATCH, HIDDEN, WORDS, WINDOW = 3, 4, 37, 6
+KEYS = jax.random.split(jax.random.key(0), 4)
+HEAD = jax.random.normal(KEYS[0], (HIDDEN, WORDS))
+TARGETS = jnp.array([5, 0, 36])
+
+
+def picked(logits):
+    """Of each row the target's."""
+    return jnp.take_along_axis(logits, TARGETS[:, None], axis=1)[:, 0]
+
+
+def label_smoothed(logits):
+    logs = jax.nn.log_softmax(logits)
+    return -0.9 * picked(logs) - 0.1 * jnp.mean(logs, axis=1)
+
+
+def hinge(logits):
+    wrong = jnp.arange(WORDS)[None] != TARGETS[:, None]
+    margin = jnp.where(wrong, 1.0 + logits - picked(logits)[:, None], 0.0)
+    return jnp.sum(jnp.maximum(margin, 0.0), axis=1)
+
+
+LOSSES = {
+    "cross entropy": lambda logits: jax.nn.logsumexp(logits, axis=1) - picked(logits),
+    "one-hot": lambda v: -jnp.sum(jax.nn.log_softmax(v) * jax.nn.one_hot(TARGETS, WORDS), 1),
+    "label smoothing": label_smoothed,
+    "hinge": hinge,
+    "indexed": lambda logits: jax.nn.softmax(logits)[jnp.arange(BATCH), TARGETS],
+    "the largest": lambda logits: jnp.max(logits, axis=1),
+    "the three largest": lambda logits: jnp.sum(lax.top_k(logits, 3)[0], axis=1),
+    "sorted": lambda logits: jnp.sort(logits, axis=1)[:, WORDS // 2],
+    "cumulated": lambda logits: jnp.cumsum(jax.nn.softmax(logits), axis=1)[:, 3],
+    "clipped": lambda logits: jnp.sum(jnp.clip(logits, -1.0, 1.0), axis=1),
+    "of segments": lambda v: jax.ops.segment_sum(v.T, jnp.arange(WORDS) // 5, 8).T,
+    "in place": lambda v: v.at[:, 2].set(0.0).at[:, 3].add(1.0),
+    "a dynamic slice": lambda v: lax.dynamic_slice(v, (0, TARGETS[0]), (BATCH, 2)),
+    "rolled and padded": lambda v: jnp.pad(jnp.roll(v, 2, axis=1), ((0, 0), (1, 3))),
+    "of windows": lambda v: lax.reduce_window(v, 0.0, lax.add, (1, 3), (1, 2), "VALID"),
+    "pooled": lambda v: lax.reduce_window(v, -jnp.inf, lax.max, (1, 3), (1, 3), "VALID"),
+    "its spectrum": lambda v: jnp.abs(jnp.fft.fft(v)) ** 2,
+    "standard deviation": lambda v: jnp.std(v, axis=1),
+    "another layer": lambda v: jax.nn.gelu(v) @ HEAD.T,
+    "in a jit": jax.jit(label_smoothed),
+    "in a checkpoint": jax.checkpoint(label_smoothed),
+}
+
+
+def pullback(function, *primals):
+    y, pull = jax.vjp(function, *primals)
+    return jax.make_jaxpr(pull)(y), y
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_of_a_loss_without_its_cotangent_nothing_is_left(name):
+    h = jax.random.normal(KEYS[1], (BATCH, HIDDEN))
+    closed, _ = pullback(lambda h, head: LOSSES[name](h @ head), h, HEAD)
+    assert all(v is ZERO for v in remaining(closed, [ZERO]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_with_its_cotangent_it_is_what_it_was(name):
+    h = jax.random.normal(KEYS[1], (BATCH, HIDDEN))
+    closed, y = pullback(lambda h, head: LOSSES[name](h @ head), h, HEAD)
+    for got, expected in zip(
+        remaining(closed, [y]), jax.core.eval_jaxpr(closed.jaxpr, closed.consts, y), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_what_is_not_of_a_cotangent_stays_as_it_is():
+    """Zero times infinity is no number, whoever began the array of zeros."""
+
+    def linear(a, b):
+        begun = jnp.zeros(3) * jnp.array([1.0, jnp.inf, 2.0])
+        return begun + a, begun.at[jnp.array([0])].add(b), begun - b[0]
+
+    a, b = jnp.arange(3.0), jnp.ones(1)
+    closed = jax.make_jaxpr(linear)(a, b)
+    for given in ([a, b], [ZERO, b], [a, ZERO], [ZERO, ZERO]):
+        arrays = [jnp.zeros_like(v) if g is ZERO else g for g, v in zip(given, (a, b), strict=True)]
+        for got, expected in zip(remaining(closed, given), linear(*arrays), strict=True):
+            np.testing.assert_array_equal(np.zeros(3) if got is ZERO else got, expected)
+
+
+def test_an_output_of_zeros_is_an_array():
+    closed = jax.make_jaxpr(lambda a: (jnp.zeros(3), a + jnp.zeros(3)))(jnp.ones(3))
+    first, second = remaining(closed, [jnp.ones(3)])
+    np.testing.assert_array_equal(first, jnp.zeros(3))
+    np.testing.assert_array_equal(second, jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loop_over_the_older_lags_has_nothing_of_the_head(name):
+    def step(params, carry, x):
+        carry = jnp.tanh(carry @ params["w"] + x)
+        return carry, jnp.sum(LOSSES[name](carry @ params["head"]))
+
+    rec = jaxbptt.record(step, window=WINDOW)
+    params = {"w": jax.random.normal(KEYS[2], (HIDDEN, HIDDEN)), "head": HEAD}
+    x = jnp.ones((BATCH, HIDDEN))
+    tape = rec.init(params, jnp.zeros((BATCH, HIDDEN)), x)
+    loops = loops_of(jax.make_jaxpr(jax.grad(lambda p: rec(p, tape, x)[1]))(params).jaxpr)
+    older = [body for length, body in loops if length == WINDOW - 1]
+    assert older
+    heavy = ("dot_general", "exp", "mul", "scatter-add", "select_n")
+    for eqn in (e for body in older for e in body.eqns if e.primitive.name in heavy):
+        assert not any(WORDS in v.aval.shape for v in (*eqn.invars, *eqn.outvars))
+
+
+def loops_of(jaxpr):
+    """The length and the body of each scan in a program."""
+    found = []
+    for eqn in jaxpr.eqns:
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += loops_of(inner)
+                if eqn.primitive.name == "scan":
+                    found.append((eqn.params["length"], inner))
+    return found
