@@ -6,7 +6,7 @@
 Each section's measurements go into `results.json` as they come; a section that is not run
 keeps those of the last time. `--torch` names an interpreter that has PyTorch, and Ignite and
 snnTorch for their columns; without it these columns stay as they are. Every ratio is of medians
-of interleaved runs. The whole takes about a quarter of an hour on two cores.
+of interleaved runs. The whole takes about half an hour on two cores.
 """
 
 import argparse
