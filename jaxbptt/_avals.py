@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._types import LeafType, PyTree, TreeType, explicit, varying
+from jaxbptt._types import PyTree, TreeType, leaf_type
 
 
 def canonical(tree: PyTree, name: str, *, structs: bool = False, returned: bool = False) -> PyTree:
@@ -61,7 +61,7 @@ def stand_in(kind: TreeType) -> PyTree:
 
 def like(aval: Any) -> Any:
     """Something of an abstract value's type to trace with, its explicit sharding included."""
-    if aval.varying if isinstance(aval, LeafType) else varying(aval):
+    if leaf_type(aval).varying:
         return zeros(aval)
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and sharding.mesh.empty:
@@ -76,9 +76,9 @@ def zeros(aval: Any) -> jax.Array:
 
 def filled(aval: Any, number: int) -> jax.Array:
     """The same with another number everywhere, as far as the dtype has it."""
-    sharding = aval.sharding if isinstance(aval, LeafType) else explicit(aval)
-    array = jnp.full(aval.shape, number, aval.dtype, device=sharding)
-    axes = tuple(sorted(aval.varying if isinstance(aval, LeafType) else varying(aval)))
+    kind = leaf_type(aval)
+    array = jnp.full(kind.shape, number, kind.dtype, device=kind.sharding)
+    axes = tuple(sorted(kind.varying))
     if not axes:
         return array
     if hasattr(lax, "pcast"):

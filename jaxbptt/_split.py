@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
 from jaxbptt._contract import Atom, Product, Split
 from jaxbptt._interpret import ZERO, needed, variables
+from jaxbptt._zero import is_0
 
 Maker = dict[Any, core.JaxprEqn]  # of each variable, the equation that makes it
 
@@ -180,7 +180,7 @@ def _product(eqn: core.JaxprEqn, transpose: core.JaxprEqn | None) -> Product:
 
 def _is_zero(atom: Atom, maker: Maker) -> bool:
     if isinstance(atom, core.Literal):
-        return not np.any(np.asarray(atom.val))
+        return is_0(atom)
     made = maker.get(atom)
     return (
         made is not None

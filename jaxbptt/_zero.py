@@ -34,8 +34,8 @@ _MOVED = frozenset({"broadcast_in_dim", "pvary", "reshape", "transpose"})
 def remaining(closed: core.ClosedJaxpr, values: Sequence[Value]) -> list[Value]:
     """The outputs of a linear program of which some inputs are ZERO: arrays, or ZERO."""
     outs = interpret(closed.jaxpr, closed.consts, values, _zero_rule)
-    kept = _dense(outs, closed.jaxpr.outvars)
-    return [v if v is ZERO else array for v, array in zip(outs, kept, strict=True)]
+    atoms = closed.jaxpr.outvars
+    return [zeros(a.aval) if v is _BLANK else v for v, a in zip(outs, atoms, strict=True)]
 
 
 def _zero_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
@@ -46,12 +46,12 @@ def _zero_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
         return bind(eqn, _dense(values, eqn.invars))
     if name in ("add", "add_any"):
         return [values[1] if zero[0] else values[0]]
-    blank = [isinstance(v, Marker) or _is_0(a) for v, a in zip(values, eqn.invars, strict=True)]
+    blank = [isinstance(v, Marker) or is_0(a) for v, a in zip(values, eqn.invars, strict=True)]
     if name == "scatter-add" and zero[2] and not blank[0]:
         return [values[0]]
     if (
         (name in _LINEAR and zero[0])
-        or (name in _BILINEAR and any(zero))
+        or name in _BILINEAR
         or (name in _JOINT and all(blank[: _JOINT[name]]))
         or (name == "select_n" and all(blank[1:]))
         or (name in ("scatter", "scatter-add") and blank[0] and blank[2])
@@ -69,8 +69,9 @@ def _dense(values: Sequence[Value], atoms: Sequence) -> list:
 def _begins_as_zeros(eqn: core.JaxprEqn) -> bool:
     if eqn.primitive.name != "broadcast_in_dim":
         return False
-    return _is_0(eqn.invars[0]) and leaf_type(eqn.outvars[0].aval).differentiable
+    return is_0(eqn.invars[0]) and leaf_type(eqn.outvars[0].aval).differentiable
 
 
-def _is_0(atom: Any) -> bool:
+def is_0(atom: Any) -> bool:
+    """Whether it is a zero written in the program."""
     return isinstance(atom, core.Literal) and not atom.val

@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
+from jaxprs import inner
 
 F32 = jnp.float32
 X = jnp.asarray([0.5, -1.0, 2.0], F32)
@@ -32,11 +33,8 @@ def equations(function, *args):
     def visit(jaxpr):
         for eqn in jaxpr.eqns:
             found.append(eqn)
-            for inner in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-            ):
-                if hasattr(inner, "eqns"):
-                    visit(getattr(inner, "jaxpr", inner))
+            for body in inner(eqn):
+                visit(body)
 
     visit(jax.make_jaxpr(function)(*args).jaxpr)
     return found

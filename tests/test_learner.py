@@ -10,6 +10,7 @@ import pytest
 import zoo
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jaxprs import inner
 from test_tape import rings_made_anew
 
 import jaxbptt
@@ -382,13 +383,9 @@ def dots(jaxpr, inside=False):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             found[0 if inside else 1] += 1
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                branch = inside or eqn.primitive.name == "cond"
-                found = [a + b for a, b in zip(found, dots(inner, branch), strict=True)]
+        for body in inner(eqn):
+            branch = inside or eqn.primitive.name == "cond"
+            found = [a + b for a, b in zip(found, dots(body, branch), strict=True)]
     return found
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jaxprs import inner
 from test_scan import draw, worst
 
 import jaxbptt
@@ -91,13 +92,9 @@ def products(jaxpr, in_loop=False):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             yield eqn.outvars[0].aval.shape, in_loop
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                loop = in_loop or eqn.primitive.name in ("scan", "while")
-                yield from products(inner, loop)
+        for body in inner(eqn):
+            loop = in_loop or eqn.primitive.name in ("scan", "while")
+            yield from products(body, loop)
 
 
 def products_of(step, args, window=None):
@@ -172,12 +169,8 @@ def arrays(jaxpr):
     """The shapes of all values, those inside loops and calls included."""
     for eqn in jaxpr.eqns:
         yield from (v.aval.shape for v in eqn.outvars)
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from arrays(inner)
+        for body in inner(eqn):
+            yield from arrays(body)
 
 
 @pytest.mark.parametrize("window", [None, 4])

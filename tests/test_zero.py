@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend import core
+from jaxprs import inner
 
 import jaxbptt
 from jaxbptt._interpret import ZERO
@@ -73,9 +75,7 @@ def test_of_a_loss_without_its_cotangent_nothing_is_left(name):
 def test_with_its_cotangent_it_is_what_it_was(name):
     h = jax.random.normal(KEYS[1], (BATCH, HIDDEN))
     closed, y = pullback(lambda h, head: LOSSES[name](h @ head), h, HEAD)
-    for got, expected in zip(
-        remaining(closed, [y]), jax.core.eval_jaxpr(closed.jaxpr, closed.consts, y), strict=True
-    ):
+    for got, expected in zip(remaining(closed, [y]), core.jaxpr_as_fun(closed)(y), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
@@ -123,10 +123,8 @@ def loops_of(jaxpr):
     """The length and the body of each scan in a program."""
     found = []
     for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found += loops_of(inner)
-                if eqn.primitive.name == "scan":
-                    found.append((eqn.params["length"], inner))
+        for body in inner(eqn):
+            found += loops_of(body)
+            if eqn.primitive.name == "scan":
+                found.append((eqn.params["length"], body))
     return found
