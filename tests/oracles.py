@@ -1,7 +1,8 @@
 """Three references for truncated backpropagation, none of which knows the library.
 
 `Run.unrolled`: the run as one graph under `jax.grad`, one copy of the parameters per
-step, the older carry detached. `Run.dense`: products of dense Jacobians in NumPy.
+step, the older carry detached; as a `lax.scan` over the copies, which compiles once for all
+steps and windows. `Run.dense`: products of dense Jacobians in NumPy.
 `linear_cell`: sums of powers for a cell whose gradient can be written down.
 
 Steps are counted from 1. Only floating and complex leaves have cotangents; `moving`
@@ -147,7 +148,7 @@ class Run:
 
     def _terms(self, newest, oldest, ct_ys, ct_carry):
         carries, ys = self.trajectory
-        no_y, no_carry = _zeros(ys[0]), _zeros(carries[0])
+        no_y, no_carry = zeros_of(ys[0]), zeros_of(carries[0])
         rows = [no_y] * self.length
         for s, ct in zip(range(newest - len(ct_ys), newest), ct_ys, strict=True):
             if s >= 0:
@@ -159,10 +160,14 @@ class Run:
         first = min(oldest, default=newest - len(ct_ys) + 1)
         # Reached through another leaf, an older one would otherwise be followed again.
         cut = np.arange(1, self.length + 1)[:, None] <= np.array(oldest, int)
-        ct_thetas, probes, ct_xs = _unrolled(
-            self.step, self.thetas, self.carry, self.xs, cut, rows, lams
-        )
+        found = _unrolled(self.step, self.stacked, self.carry, cut, by_step(rows), by_step(lams))
+        ct_thetas, probes, ct_xs = (_steps_of(leaves, self.length) for leaves in found)
         return ct_thetas, probes, ct_xs, oldest, first
+
+    @functools.cached_property
+    def stacked(self):
+        """(parameters, inputs) with an axis over steps in front of their leaves."""
+        return stack(self.thetas), stack(self.xs)
 
     def whole(self, window, every, ct_ys, ct_carry) -> Expected:
         """The whole run, each group of outputs on its own: what `scan` sends back.
@@ -230,32 +235,46 @@ def _jitted(step):
     return jax.jit(step)
 
 
-def _zeros(tree):
-    return [jnp.zeros(leaf.shape, leaf.dtype) for leaf in moving(tree)]
+def zeros_of(tree):
+    return [np.zeros(leaf.shape, leaf.dtype) for leaf in moving(tree)]
+
+
+def by_step(rows):
+    """Of a list of steps with a list of leaves each: the leaves, with an axis over steps."""
+    return [np.stack([np.asarray(v) for v in leaves]) for leaves in zip(*rows, strict=True)]
+
+
+def _steps_of(leaves, length):
+    """The reverse: of leaves with an axis over steps, a list of steps with their leaves."""
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    return [[leaf[s] for leaf in leaves] for s in range(length)]
 
 
 def _weigh(cts, leaves):
     pairs = zip(cts, leaves, strict=True)
-    return sum(jnp.sum(jnp.real(ct * v).astype(jnp.float64)) for ct, v in pairs)
+    return sum((jnp.sum(jnp.real(ct * v).astype(jnp.float64)) for ct, v in pairs), 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _unrolled(step, thetas, carry, xs, cut, ct_ys, ct_carries):
+def _unrolled(step, stacked, carry, cut, ct_ys, ct_carries):
     """Gradients for each step of its copy of the parameters, its carry and its input."""
+    # The carry of a scan keeps its type; a step may drop a weak one.
+    carry = jax.tree.map(lambda v: lax.convert_element_type(v, v.dtype), carry)
 
     def total(copies, probes, inputs):
-        value, now = 0.0, carry
-        for s in range(len(thetas)):
-            older = [
-                jnp.where(cut[s, i], lax.stop_gradient(v), v) for i, v in enumerate(moving(now))
-            ]
-            now = refill(now, [v + probe for v, probe in zip(older, probes[s], strict=True)])
-            now, y = step(refill(thetas[s], copies[s]), now, refill(xs[s], inputs[s]))
-            value += _weigh(ct_ys[s], moving(y)) + _weigh(ct_carries[s], moving(now))
-        return jnp.asarray(value, jnp.float64)
+        def one(now, row):
+            (theta, x), copy, probe, given, cut, ct_y, ct_carry = row
+            older = [jnp.where(cut[i], lax.stop_gradient(v), v) for i, v in enumerate(moving(now))]
+            now = refill(now, [v + p for v, p in zip(older, probe, strict=True)])
+            now, y = step(refill(theta, copy), now, refill(x, given))
+            return now, _weigh(ct_y, moving(y)) + _weigh(ct_carry, moving(now))
 
-    probes = [_zeros(carry) for _ in thetas]
-    return jax.grad(total, (0, 1, 2))([moving(t) for t in thetas], probes, [moving(x) for x in xs])
+        rows = stacked, copies, probes, inputs, cut, ct_ys, ct_carries
+        return jnp.sum(lax.scan(one, carry, rows)[1])
+
+    thetas, xs = stacked
+    probes = [jnp.zeros((len(cut), *v.shape), v.dtype) for v in moving(carry)]
+    return jax.grad(total, (0, 1, 2))(moving(thetas), probes, moving(xs))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import zoo
+from harness import online, weigh
 from jax import lax
 from oracles import Run, check, check_cotangents, moving, random_like, reach
 
@@ -16,27 +17,6 @@ import jaxbptt
 LENGTH = 9
 WINDOWS = [1, 2, 3, 7, LENGTH + 3]
 CELLS = ["tanh_rnn", "fused_gru", "lstm"]
-
-
-def weigh(ct, tree):
-    """A scalar whose gradient with respect to `tree` is `ct`."""
-    return sum(jnp.sum(a * b) for a, b in zip(moving(ct), moving(tree), strict=True))
-
-
-def online(rec):
-    """One step of the loop, compiled: the gradient inside it, and `pullback` after it."""
-
-    @jax.jit
-    def step(params, tape, x, ct_y, ct_carry):
-        def loss(params, x):
-            new, y = rec(params, tape, x)
-            return weigh(ct_y, y) + weigh(ct_carry, new.carry), new
-
-        grads, new = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-        ct_ys = jax.tree.map(lambda leaf: leaf[None], ct_y)
-        return new, grads, rec.pullback(params, new, ct_ys, ct_carry)
-
-    return step
 
 
 @functools.cache
@@ -48,20 +28,22 @@ def run_of(name, dtype, weights):
 
 
 @functools.cache
-def cotangents_at(run, t):
-    """Random (ct_y, ct_carry) for step t."""
+def cotangents_of(run):
+    """Random cotangents of all outputs and of all carries."""
     carries, ys = run.trajectory
-    return random_like(ys[0], t), random_like(carries[0], 100 + t)
+    numbered = range(1, run.length + 1)
+    return (
+        [random_like(y, t) for t, y in zip(numbered, ys, strict=True)],
+        [random_like(c, 100 + t) for t, c in zip(numbered, carries, strict=True)],
+    )
 
 
 def steps_of(rec, run):
-    """Goes through a run online; yields (t, ct_y, ct_carry, gradients, pullback)."""
-    step = online(rec)
-    tape = rec.init(run.thetas[0], run.carry, run.xs[0])
-    for t, (theta, x) in enumerate(zip(run.thetas, run.xs, strict=True), 1):
-        ct_y, ct_carry = cotangents_at(run, t)
-        tape, grads, ct = step(theta, tape, x, ct_y, ct_carry)
-        yield t, ct_y, ct_carry, grads, ct
+    """What a run recorded online gives: of each step (t, ct_y, ct_carry, gradients, pullback)."""
+    ct_ys, ct_carries = cotangents_of(run)
+    found = online(rec, run, ct_ys, ct_carries)
+    rows = ct_ys, ct_carries, found.grads, found.cts
+    yield from zip(range(1, run.length + 1), *rows, strict=True)
 
 
 def check_step(label, want, grads, ct, allowed):
