@@ -5,6 +5,7 @@ from jax.extend import core
 
 from jaxbptt import _errors
 from jaxbptt._avals import canonical
+from jaxbptt._interpret import is_reference
 from jaxbptt._types import PyTree, StepFn, TreeType, type_of
 
 
@@ -14,7 +15,8 @@ def trace_step(
     """The step as a jaxpr, the arrays it closes over as consts; the type of (carry, y, aux).
 
     Raises:
-        TypeError: the step doesn't return a pair, or not a carry of the type it was given.
+        TypeError: the step doesn't return a pair, or not a carry of the type it was given, or
+            it closes over a mutable reference.
     """
 
     def checked(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -43,4 +45,9 @@ def trace_step(
         return new_carry, y, canonical(aux, "aux", returned=True)
 
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
+    for v in filter(is_reference, closed.jaxpr.constvars):
+        raise TypeError(
+            f"step must not close over a mutable reference, but closes over one of {v.aval}. Put "
+            "its value into the carry, or make the reference inside the step with jax.new_ref."
+        )
     return closed, type_of(shapes)
