@@ -20,7 +20,7 @@ from jax import numpy as jnp
 from jax.extend import core
 
 from jaxbptt._contract import Split
-from jaxbptt._interpret import ZERO, without_calls
+from jaxbptt._interpret import ZERO, acts, without_calls
 from jaxbptt._linear import is_linear
 from jaxbptt._pulls import heavy, trace_pulls
 from jaxbptt._residuals import Residuals
@@ -106,7 +106,7 @@ class Closure:
     @property
     def acts(self) -> bool:
         """Whether the pullback has side effects."""
-        return any(eqn.effects for eqn in self.programs["pull"].eqns)
+        return any(map(acts, self.programs["pull"].eqns))
 
     @property
     def indifferent_to_y(self) -> bool:

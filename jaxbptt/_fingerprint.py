@@ -1,6 +1,7 @@
 """A step's fingerprint: equal wherever the same JAX makes the same programs of it."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxbptt._closure import Closure
+from jaxbptt._interpret import needed, variables
 from jaxbptt._types import leaf_type
 
 # What only says of which type, or where, an array is, where its dtype stays the same.
@@ -57,8 +59,11 @@ def program_hash(closure: Closure) -> str:
     Returns:
         16 hexadecimal digits.
     """
+    forward = closure.programs["forward"]
+    outs = forward.outvars[: len(closure.outputs.leaves)]  # without the residuals behind them
+    eqns = needed(forward.eqns, variables(outs))
     digest = hashlib.sha256()
-    for piece in _program(closure.programs["forward"], loosely=True):
+    for piece in _program(forward.replace(eqns=eqns, outvars=outs), loosely=True):
         digest.update(piece if isinstance(piece, bytes) else piece.encode())
         digest.update(b"\n")
     return digest.hexdigest()[:16]
@@ -79,6 +84,7 @@ def _program(jaxpr: core.Jaxpr, *, loosely: bool = False) -> Iterator[str | byte
     Loosely: see `program_hash`; programs inside equations are taken as they are.
     """
     names: dict[Any, int] = {}
+    numbers = itertools.count()
     ignored = _LABELS | _WHERE if loosely else _LABELS
 
     def atoms(values: Iterable) -> Iterator[str | bytes]:
@@ -86,7 +92,9 @@ def _program(jaxpr: core.Jaxpr, *, loosely: bool = False) -> Iterator[str | byte
             if isinstance(v, core.Literal):
                 yield from _value(v.val)
             else:
-                yield f"%{names.setdefault(v, len(names))}"
+                if v not in names:
+                    names[v] = next(numbers)
+                yield f"%{names[v]}"
             yield f"{v.aval.dtype}{v.aval.shape}" if loosely else _type(v.aval)
 
     yield from atoms([*jaxpr.constvars, *jaxpr.invars])

@@ -114,10 +114,15 @@ def needed(
     """The equations that make the wanted variables, and those with side effects if asked for."""
     wanted, kept = set(wanted), []
     for eqn in reversed(list(eqns)):
-        if wanted.intersection(eqn.outvars) or (effects and eqn.effects):
+        if wanted.intersection(eqn.outvars) or (effects and acts(eqn)):
             kept.append(eqn)
             wanted.update(variables(eqn.invars))
     return kept[::-1]
+
+
+def acts(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation has side effects; to JAX a collective's named axis is one, not here."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
 def variables(atoms: Iterable) -> list[Any]:
@@ -149,7 +154,7 @@ def known_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
 
     So is what has side effects, or comes of one: what a reference holds is not seen from here.
     """
-    if eqn.effects:
+    if acts(eqn):
         return [UNKNOWN] * len(eqn.outvars)
     if not any(v is UNKNOWN for v in values):
         return bind(eqn, values)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._contract import Atom, Product, Split
-from jaxbptt._interpret import ZERO, needed, variables
+from jaxbptt._interpret import ZERO, acts, needed, variables
 from jaxbptt._zero import is_0
 
 Maker = dict[Any, core.JaxprEqn]  # of each variable, the equation that makes it
@@ -48,7 +48,7 @@ def split(
     weights, outs = ([ZERO if _is_zero(v, maker) else v for v in vs] for vs in (weights, outs))
     fixed = _fixed(jaxpr, constant)
     eqns = needed(jaxpr.eqns, variables([*weights, *outs]), effects=effects)
-    acting = [e for e in eqns if effects and e.effects]
+    acting = [e for e in eqns if effects and acts(e)]
     shown = variables(v for e in acting for v in e.invars)
     after, in_loop = _walk_back(eqns, fixed, maker, variables(weights), [*variables(outs), *shown])
     made_after = {v for eqn in after for v in eqn.outvars}

@@ -282,3 +282,25 @@ def test_the_gradient_by_lag_shows_each_lag_once():
     jax.block_until_ready(jaxbptt.gradient_by_lag(rec, W, tape, jnp.ones(1)))
     jax.effects_barrier()
     np.testing.assert_allclose(seen, cotangents(1, 2), rtol=1e-12)
+
+
+def test_a_collective_is_no_side_effect():
+    """JAX counts its axis among the effects; it must not cost a branch at each lag."""
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def branches(reduce):
+        def step(w, c, x):
+            c = jnp.tanh(reduce(w * c) + x)
+            return c, reduce(c)
+
+        rec = jaxbptt.record(step, window=3)
+
+        def local(w, x):
+            tape = rec.init(w, x, x)
+            return jax.grad(lambda w: rec(w, tape, x)[1])(w)
+
+        none = jax.sharding.PartitionSpec()
+        run = jax.shard_map(local, mesh=mesh, in_specs=(none, none), out_specs=none)
+        return str(jax.make_jaxpr(run)(0.5, 0.1)).count("cond[")
+
+    assert branches(lambda v: lax.psum(v, "i")) == branches(lambda v: 1.0 * v)
