@@ -131,10 +131,10 @@ def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], *, ys_too
 
     @functools.wraps(f)
     def step(carry: PyTree, x: PyTree) -> Any:
+        came = {id(leaf) for leaf in jax.tree.leaves((carry, x))}
         outs = f(carry, x)
         if not isinstance(outs, tuple | list) or len(outs) != 2:
             return outs  # lax.scan says what is wrong with it
-        came = {id(leaf) for leaf in jax.tree.leaves((carry, x))}
 
         def one(leaf: Any) -> Any:
             return lax.optimization_barrier(leaf) if id(leaf) in came else leaf

@@ -186,3 +186,52 @@ def test_a_replicated_tape_under_shard_map():
     run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P()), out_specs=P(), check_vma=False)
     got, want = jax.jit(run)(PARAMS, tape, ROWS[0]), REC(PARAMS, tape, ROWS[0])[1]
     np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+# ------------------------------------------------- containers that a step writes into
+
+
+def test_a_step_may_write_into_the_containers_that_it_is_given():
+    def step(w, carry, x):
+        carry["h"] = jnp.tanh(w * carry.pop("old") + x.pop("u"))
+        carry["old"] = carry.pop("h")
+        return carry, carry["old"]
+
+    def as_usual(w, carry, x):
+        h = jnp.tanh(w * carry["old"] + x["u"])
+        return {"old": h}, h
+
+    def gradients(f):
+        x, carry = {"u": jnp.asarray(0.3)}, {"old": jnp.asarray(0.1)}
+        rec = jaxbptt.record(f, window=2)
+        tape, _ = rec(0.5, rec.init(0.5, carry, x), x)
+        yield jax.grad(lambda w: rec(w, tape, x)[1])(0.5)
+
+        def loss(w):
+            how = {"window": 2}
+            return jaxbptt.scan(lambda c, x: f(w, c, x), carry, {"u": XS}, **how)[1].sum()
+
+        yield jax.grad(loss)(0.5)
+        assert list(x) == ["u"]
+        assert list(carry) == ["old"]
+
+    assert list(gradients(step)) == list(gradients(as_usual))
+
+
+def test_a_carry_written_in_place_is_held_to_its_type():
+    def step(w, carry, x):
+        carry["h"] = (w * carry["h"] + x).astype(jnp.bfloat16)
+        return carry, x
+
+    with pytest.raises(TypeError, match=r"^step must return a carry of the type it was given"):
+        jaxbptt.record(step, window=2).init(0.5, {"h": jnp.zeros(2)}, jnp.ones(2))
+
+
+def test_parameters_changed_in_place_are_refused():
+    def step(p, c, x):
+        p["count"] = p["count"] + 1
+        return p["w"] * c + x, c
+
+    params = {"w": jnp.asarray(0.5), "count": jnp.asarray(0)}
+    with pytest.raises(TypeError, match=r"it changed params\['count'\] in place, .* from_nnx or"):
+        jaxbptt.record(step, window=2).init(params, jnp.asarray(0.1), jnp.asarray(0.2))
