@@ -8,7 +8,7 @@ the arrays that the step closes over, then the parameters.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxbptt._avals import zeros
 from jaxbptt._closure import Closure
-from jaxbptt._contract import where_or_zero
+from jaxbptt._contract import Split, where_or_zero
 from jaxbptt._interpret import ZERO, Value
 from jaxbptt._pulls import name_of
 from jaxbptt._stacks import scan_stacking
@@ -71,10 +71,18 @@ def pull_window(
         rows: how many of the newest steps have a ȳ; the older ones only pass λ on.
         keep_xs: whether x̄ is wanted.
     """
+    ct = window_sums(closure, window, ct_carry, ct_ys, rows, keep_xs=keep_xs)
+    return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
+
+
+def window_sums(
+    closure: Closure, window: Window, ct_carry: list, ct_ys: list, rows: int, *, keep_xs: bool
+) -> WindowCotangents:
+    """`pull_window` with the weights' cotangents as they are added up: arrays or ZERO."""
     ct = WindowCotangents([], ct_carry, [])
     for part in _segments(closure, window, ct_ys, rows):
         ct = ct.then(_sweep(closure, window, part, ct.carry, keep_xs))
-    return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
+    return ct
 
 
 def by_lag(
@@ -91,17 +99,16 @@ def by_lag(
     Terms and λ are put through `of`, the sums through `of_sum`; the arguments before these
     are those of `pull_window`.
     """
-    sums = [zeros(k).astype(_wide(k.dtype)) for k in closure.cotangents["params"]]
-    state, stacks = (ct_carry, sums), []
+    state, stacks = (ct_carry, zero_sums(closure.cotangents["params"])), []
     for part in _segments(closure, window, ct_ys, rows):
         state, of_lags = _terms(closure, window, part, state, of, of_sum)
         stacks.append(of_lags)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
 
-def _wide(dtype: Any) -> Any:
-    """The type to add up in: float32 for the half precisions."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+def zero_sums(kinds: Iterable) -> list:
+    """Zeros to add up arrays of these types in: half precisions in float32."""
+    return [v.astype(jnp.float32) if jnp.finfo(v.dtype).bits < 32 else v for v in map(zeros, kinds)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +153,10 @@ def _terms(
         lam, sums = state
         lag, ct_y = row
         args = [*window.read(lag), *window.fixed, *lam, *ct_y]
-        outs, _, _ = split.one_lag(closure.consts[part.program], args)
         live = lag < window.reach
-        n = len(kinds["params"])
-        params = [where_or_zero(live, v) for v in densify(outs[:n], kinds["params"])]
-        older = densify(outs[n:], kinds["carry"])
+        n, of_outs = len(kinds["params"]), [*kinds["params"], *kinds["carry"]]
+        outs, _, _ = _one_lag(split, closure.consts[part.program], args, of_outs, live)
+        params, older = [where_or_zero(live, v) for v in outs[:n]], outs[n:]
         lam = _each(jnp.where, [live & (not o) for o in over], older, lam)
         handed_on = [where_or_zero(live & (not o), v) for v, o in zip(lam, over, strict=True)]
         sums = _each(lambda total, v: total + v.astype(total.dtype), sums, params)
@@ -164,7 +170,9 @@ def _terms(
 def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:
     """x̄ of the newest step alone."""
     args = [*window.read(0), *window.fixed, *ct_carry, *ct_y]
-    outs, _, _ = closure.split("pull", ("x",)).one_lag(closure.consts["pull"], args)
+    # The side effects of this step's pullback belong to the sweep.
+    split = closure.split("pull", ("x",), weights=False, effects=False)
+    outs, _, _ = split.one_lag(closure.consts["pull"], args)
     return densify(outs, closure.cotangents["x"])
 
 
@@ -175,25 +183,24 @@ def _sweep(
     program = part.program
     split = closure.split(program, ("carry", "x") if keep_xs else ("carry",))
     consts = closure.consts[program]
-    kinds = closure.cotangents
+    x_kinds = closure.cotangents["x"] if keep_xs else []
+    of_outs = [*closure.cotangents["carry"], *x_kinds]
 
     def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
         lag, ct_y = row
         live = lag < window.reach
         args = [*window.read(lag), *window.fixed, *lam, *ct_y]
-        outs, emitted, terms = split.one_lag(consts, args)
+        outs, emitted, terms = _one_lag(split, consts, args, of_outs, live)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
-        older = densify(outs[: len(lam)], kinds["carry"])
+        older, xs = outs[: len(lam)], outs[len(lam) :]
         followed = [live & (not over) for over in closure.over[program]]
         lam = _each(jnp.where, followed, older, lam)
-        xs = densify(outs[len(lam) :], kinds["x"] if keep_xs else [])
         kept = [where_or_zero(live, v) for v in (*xs, *emitted)]
         return (lam, split.add(sums, terms, live)), kept
 
     lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
-    x_kinds = kinds["x"] if keep_xs else []
     kept_kinds = [*x_kinds, *(v.aval for v in split.emitted)]
     (lam, sums), kept = scan_stacking(
         trip, (lam, split.zero_sums()), (lags, part.ct_ys), kept_kinds, len(lags), first=0
@@ -202,6 +209,21 @@ def _sweep(
     unvaried = closure.unvaried(split, window.fixed)
     weights = split.finish(consts, unvaried, split.contract(emitted), sums)
     return WindowCotangents(weights, lam, xs)
+
+
+def _one_lag(
+    split: Split, consts: list, args: list, kinds: list, live: Any
+) -> tuple[list, list, list]:
+    """One lag of a divided pullback; side effects of a lag that is not live do not happen."""
+
+    def run() -> tuple[list, list, list]:
+        outs, emitted, terms = split.one_lag(consts, args)
+        return densify(outs, kinds), emitted, terms
+
+    if not split.acts:
+        return run()
+    none = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), jax.eval_shape(run))
+    return lax.cond(live, run, lambda: none)
 
 
 def _each(function: Callable, *lists: list) -> list:

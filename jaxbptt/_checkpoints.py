@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxbptt import _errors
 from jaxbptt._disk import Disk, first_line
-from jaxbptt._manifest import Steps, names, refuse
-from jaxbptt._saved import State
+from jaxbptt._manifest import Steps, check_seal, check_sums, names, refuse, sealed
+from jaxbptt._saved import State, checksum
 from jaxbptt._types import PyTree
 
 
@@ -66,8 +66,9 @@ class Checkpoints:
         items: dict[str, dict[str, Any]] = {"state": {}, "past": {}}
         for leaf, said in zip(parts.leaves, manifest["leaves"], strict=True):
             if not leaf.empty:
-                items["past" if leaf.past else "state"][said["name"]] = leaf.saved()
-        self._disk.write(self._next(step), items, manifest)
+                value = items["past" if leaf.past else "state"][said["name"]] = leaf.saved()
+                said["checksum"] = checksum(value)
+        self._disk.write(self._next(step), items, sealed(manifest))
 
     def restore(
         self, like: PyTree, *, step: int | None = None, clear: bool = False
@@ -89,7 +90,7 @@ class Checkpoints:
         Raises:
             FileNotFoundError: there is no such checkpoint, or none at all.
             ValueError: the state, or without `clear` a tape, can't go on from there; or the
-                checkpoint can't be read.
+                checkpoint can't be read, or holds other bits than were saved.
 
         Cost:
             One read of the state, and one trace of the step.
@@ -98,14 +99,17 @@ class Checkpoints:
         asked = State.of(like, "like")
         ours = self._of.manifest(asked, "like")
         step = self._chosen(step)
+        where = f"checkpoint {step} in {self._disk.directory}"
         theirs = self._disk.read_manifest(step)
-        refuse(theirs, ours, f"checkpoint {step} in {self._disk.directory}", clear)
+        check_seal(theirs, where)
+        refuse(theirs, ours, where, clear)
         name, read = names(theirs), dict[str, Any]()
         for item, past in (("state", False), ("past", True)):
             leaves = [v for v in asked.leaves if v.past == past and not v.empty]
             if not (past and clear):
                 wanted = {name[leaf.path]: leaf.wanted() for leaf in leaves}
                 read |= self._disk.read(step, item, wanted)
+        check_sums(theirs, read, where)
         found = [read.get(name.get(leaf.path, "")) for leaf in asked.leaves]
         restored = [
             leaf.restored(leaf.blank() if value is None else value)

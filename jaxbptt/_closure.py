@@ -20,7 +20,8 @@ from jax import numpy as jnp
 from jax.extend import core
 
 from jaxbptt._contract import Split
-from jaxbptt._interpret import ZERO, without_calls
+from jaxbptt._interpret import ZERO, acts, without_calls
+from jaxbptt._linear import is_linear
 from jaxbptt._pulls import heavy, trace_pulls
 from jaxbptt._residuals import Residuals
 from jaxbptt._split import split
@@ -60,6 +61,7 @@ class Closure:
     window: int  # the longest window of a leaf of λ
     parts: tuple[int, ...]  # the window of each leaf of λ, or nothing where they have one
     asked: Mask  # the differentiable hoisted arrays whose gradient anybody could ask for
+    linear: bool  # whether the pullback is known to be linear in λ and ȳ
 
     def bind(self, consts: Consts) -> "Closure":
         """The same closure over other arrays."""
@@ -84,7 +86,9 @@ class Closure:
         before, after = self._around_fixed(split.jaxpr)
         return [None] * before + fixed + [None] * after
 
-    def split(self, name: str, wanted: Sequence[str], *, weights: bool = True) -> Split:
+    def split(
+        self, name: str, wanted: Sequence[str], *, weights: bool = True, effects: bool = True
+    ) -> Split:
         """A pullback, divided, with these groups wanted at each lag."""
         jaxpr, zero, over = self.programs[name], self.zero[name], self.over[name]
         rest = iter(fill(zero, [ZERO] * sum(zero), jaxpr.outvars))
@@ -96,7 +100,13 @@ class Closure:
         of["carry"] = [ZERO if o else v for v, o in zip(of["carry"], over, strict=True)]
         of["hoisted"] = [v if m else ZERO for v, m in zip(of["hoisted"], self.asked, strict=True)]
         summed = [v for group in _WEIGHTS for v in of[group]] if weights else []
-        return split(jaxpr, constant, summed, [v for group in wanted for v in of[group]])
+        outs = [v for group in wanted for v in of[group]]
+        return split(jaxpr, constant, summed, outs, effects=effects)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the pullback has side effects."""
+        return any(map(acts, self.programs["pull"].eqns))
 
     @property
     def indifferent_to_y(self) -> bool:
@@ -181,6 +191,7 @@ def trace(
         over={name: p.over for name, p in pulls.items()},
         window=max(of_leaves, default=windows.longest),
         parts=tuple(parts),
+        linear=is_linear(pull, residuals.count),
         asked=tuple(isinstance(v, jax.core.Tracer) for v in pick(masks["hoisted"], flow.consts)),
     )
 

@@ -54,6 +54,7 @@ class Split:
     scatters: list[core.JaxprEqn]  # scatter-add into zeros, done in place in its sum
     plain: list[Atom]  # added up as they are
     emitted: list[Atom]  # operands, stacked over the lags
+    acts: bool  # whether there are side effects among `at_lag`
 
     @property
     def terms(self) -> list[Atom]:
@@ -70,14 +71,14 @@ class Split:
 
     def zero_sums(self) -> list[jax.Array]:
         """Where the sums start; half precisions are added up in float32."""
-        into = [zeros(eqn.outvars[0].aval) for eqn in self.scatters]
-        return into + [_widened(zeros(v.aval)) for v in self.plain]
+        made = [eqn.outvars[0] for eqn in self.scatters]
+        return [_widened(zeros(v.aval)) for v in [*made, *self.plain]]
 
     def add(self, sums: list, terms: list, live: Any) -> list:
         """The sums with the terms of one more lag, if it is live."""
         n, terms = len(self.scatters), list(terms)
         new = [
-            bind(eqn, [total, indices, where_or_zero(live, updates)])[0]
+            _scattered(eqn, total, indices, where_or_zero(live, updates))
             for eqn, total, indices, updates in zip(
                 self.scatters, sums, terms[: 2 * n : 2], terms[1 : 2 * n : 2], strict=False
             )
@@ -120,6 +121,17 @@ class Split:
 def where_or_zero(live: Any, value: jax.Array) -> jax.Array:
     """The value where `live`, else zeros."""
     return value if live is True else jnp.where(live, value, jnp.zeros((), value.dtype))
+
+
+def _scattered(
+    eqn: core.JaxprEqn, total: jax.Array, indices: jax.Array, updates: jax.Array
+) -> jax.Array:
+    """A scatter-add into a running sum, whose type may be wider than the equation's."""
+    if total.dtype == updates.dtype:
+        return bind(eqn, [total, indices, updates])[0]
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    params = {name: eqn.params[name] for name in names}
+    return lax.scatter_add(total, indices, updates.astype(total.dtype), **params)
 
 
 def _product(product: Product, left: jax.Array, right: jax.Array) -> jax.Array:

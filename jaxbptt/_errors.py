@@ -13,6 +13,10 @@ _SHOWN = 8  # differing leaves listed before "and n more"
 _KEEP_CARRY = (
     "Make a tape with this recorder's init; the carry can be kept: rec.init(params, tape.carry, x)."
 )
+_NUMBERS = (
+    "A number that the step closes over is part of the step: one that changes, or that gradients "
+    "are wanted of, has to be an array (jnp.asarray) before the tape is made."
+)
 
 
 def positive_int(name: str, value: Any) -> None:
@@ -177,7 +181,15 @@ def other_residuals(expected: Sequence[LeafType], got: Sequence[LeafType]) -> Va
     wanted, came = (", ".join(map(str, types)) or "nothing" for types in (expected, got))
     return ValueError(
         f"tape must be of this recorder's step, which leaves in each slot ({wanted}), but was "
-        f"recorded by another step: it holds ({came}). {_KEEP_CARRY}"
+        f"recorded by another step: it holds ({came}). {_KEEP_CARRY} {_NUMBERS}"
+    )
+
+
+def other_step() -> ValueError:
+    """The error for a ring that a step with other equations has filled."""
+    return ValueError(
+        "tape must be of this recorder's step, but was recorded by a step that computes something "
+        f"else from the same shapes. {_KEEP_CARRY} {_NUMBERS}"
     )
 
 

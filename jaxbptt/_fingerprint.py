@@ -1,6 +1,7 @@
 """A step's fingerprint: equal wherever the same JAX makes the same programs of it."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,7 +12,12 @@ import numpy as np
 from jax.extend import core
 
 from jaxbptt._closure import Closure
+from jaxbptt._interpret import needed, variables
 from jaxbptt._types import leaf_type
+
+# What only says of which type, or where, an array is, where its dtype stays the same.
+_RETYPES = frozenset("convert_element_type copy pcast pvary reshard sharding_constraint".split())
+_WHERE = frozenset({"weak_type", "sharding", "out_sharding"})
 
 # What a label says changes nothing that is computed.
 _LABELS = frozenset({"name", "debug_info", "name_and_src_info"})
@@ -39,6 +45,30 @@ def fingerprint(closure: Closure) -> str:
     return digest.hexdigest()
 
 
+def program_hash(closure: Closure) -> str:
+    """A hash of what a step computes: different for a tape of another step.
+
+    Made at each trace, of the forward program alone. The step may be traced under other
+    transformations than when the tape was made, so that conversions to the dtype that a value
+    has, mesh axes and shardings do not count, nor do the values of closed-over arrays: these are
+    parameters. A number in the step's source counts.
+
+    Args:
+        closure: the traced step.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    forward = closure.programs["forward"]
+    outs = forward.outvars[: len(closure.outputs.leaves)]  # without the residuals behind them
+    eqns = needed(forward.eqns, variables(outs))
+    digest = hashlib.sha256()
+    for piece in _program(forward.replace(eqns=eqns, outvars=outs), loosely=True):
+        digest.update(piece if isinstance(piece, bytes) else piece.encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
+
+
 def _pieces(closure: Closure) -> Iterator[str | bytes]:
     yield f"slot {closure.recorded} {closure.fixed}"
     yield from _value(closure.consts["hoisted"])
@@ -48,29 +78,48 @@ def _pieces(closure: Closure) -> Iterator[str | bytes]:
         yield from _value(closure.consts[name])
 
 
-def _program(jaxpr: core.Jaxpr) -> Iterator[str | bytes]:
-    """A jaxpr, its variables numbered in the order in which they come."""
+def _program(jaxpr: core.Jaxpr, *, loosely: bool = False) -> Iterator[str | bytes]:
+    """A jaxpr, its variables numbered in the order in which they come.
+
+    Loosely: see `program_hash`; programs inside equations are taken as they are.
+    """
     names: dict[Any, int] = {}
+    numbers = itertools.count()
+    ignored = _LABELS | _WHERE if loosely else _LABELS
 
     def atoms(values: Iterable) -> Iterator[str | bytes]:
         for v in values:
             if isinstance(v, core.Literal):
                 yield from _value(v.val)
             else:
-                yield f"%{names.setdefault(v, len(names))}"
-            yield _type(v.aval)
+                if v not in names:
+                    names[v] = next(numbers)
+                yield f"%{names[v]}"
+            yield f"{v.aval.dtype}{v.aval.shape}" if loosely else _type(v.aval)
 
     yield from atoms([*jaxpr.constvars, *jaxpr.invars])
     for eqn in jaxpr.eqns:
+        if loosely and _retypes(eqn):
+            names[eqn.outvars[0]] = names[eqn.invars[0]]
+            continue
         yield eqn.primitive.name
         yield from atoms(eqn.invars)
         for key, value in sorted(eqn.params.items()):
-            if key not in _LABELS:
+            if key not in ignored:
                 yield key
                 yield from _value(value)
         yield from atoms(eqn.outvars)
     yield "returns"
     yield from atoms(jaxpr.outvars)
+
+
+def _retypes(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation hands its operand on with the dtype that it has."""
+    if eqn.primitive.name not in _RETYPES or isinstance(eqn.invars[0], core.Literal):
+        return False
+    operand: Any = eqn.invars[0]
+    result: Any = eqn.outvars[0]
+    return len(eqn.invars) == 1 and operand.aval.dtype == result.aval.dtype
 
 
 def _type(aval: Any) -> str:

@@ -67,6 +67,7 @@ def from_linen(
         >>> tape = jaxbptt.record(step, window=20).init(params, (h, state), x)
     """
     _check_module(module, "linen", kwargs)
+    errors = importlib.import_module("flax.errors")
     if variables and "params" not in variables:
         raise ValueError(
             "variables must be what module.init returned, with 'params' among its collections, "
@@ -84,7 +85,14 @@ def from_linen(
         carry, (collections, rngs) = carry
         rngs, drawn = _next_keys(rngs)
         held = {"params": params, **collections}
-        out, changed = module.apply(held, carry, x, rngs=drawn, mutable=mutable, **kwargs)
+        try:
+            out, changed = module.apply(held, carry, x, rngs=drawn, mutable=mutable, **kwargs)
+        except (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound) as cause:
+            raise ValueError(
+                f"variables must be what {type(module).__name__}.init returned, but of "
+                f"{', '.join(map(repr, variables)) or 'nothing'} flax says: "
+                f"{str(cause).split(' (http')[0].rstrip('.')}. Pass module.init(key, carry, x)."
+            ) from cause
         carry, y = _pair(out, module)
         return (carry, LinenState({**collections, **changed}, rngs)), y
 

@@ -26,7 +26,9 @@ class Groups:
     parts: tuple[int, ...] = ()  # the window of each leaf of λ, or nothing where they have one
 
     @classmethod
-    def of(cls, length: int, windows: Sequence[int], every: int) -> "Groups":
+    def of(
+        cls, length: int, windows: Sequence[int], every: int, *, together: bool = True
+    ) -> "Groups":
         """The groups of a run, one where one does: all outputs in it, or nothing cut off.
 
         Args:
@@ -34,11 +36,12 @@ class Groups:
             windows: the window of each leaf of λ, at least one, none longer than
                 length + every - 1.
             every: how many outputs a group has.
+            together: whether groups of which nothing is cut off may be sent back as one.
         """
         steps = max(length, 1)
         window = max(windows)
         parts = tuple(windows) if len(set(windows)) > 1 else ()
-        if not parts and window >= length + every - 1:
+        if together and not parts and window >= length + every - 1:
             return cls(length, steps, steps)
         if every >= steps:
             return cls(length, min(window, steps), steps, parts)

@@ -34,6 +34,7 @@ Rule = Callable[[core.JaxprEqn, list[Value]], list[Value]]
 # Primitives that only call a jaxpr, one to one in inputs and outputs. The calls
 # that carry a derivative rule of their own are left whole, or they would lose it.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+_WHOLE = "run_whole"  # the name of a call that is left whole
 
 
 def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -> list[Value]:
@@ -46,7 +47,7 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in _CALLS:
+        if eqn.primitive.name in _CALLS and eqn.params.get("name") != _WHOLE:
             outs = interpret(*_called(eqn), values, rule)
         else:
             outs = rule(eqn, values)
@@ -73,9 +74,37 @@ def without_calls(closed: core.ClosedJaxpr, like: Sequence) -> core.ClosedJaxpr:
     return jax.make_jaxpr(run)(*like)
 
 
-def prune(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """Drops the equations that no output needs, their side effects included."""
-    kept = needed(closed.jaxpr.eqns, variables(closed.jaxpr.outvars))
+def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The same program as one equation if it writes to references, else as it is.
+
+    Which of its equations are needed, and in which order, can't be read off the variables then.
+    """
+
+    def whole(*args: Any) -> list:
+        return core.jaxpr_as_fun(closed)(*args)
+
+    whole.__name__ = _WHOLE
+    if not _has_references(closed.jaxpr):
+        return closed
+    return jax.make_jaxpr(jax.jit(whole))(*(v.aval for v in closed.jaxpr.invars))
+
+
+def _has_references(jaxpr: core.Jaxpr) -> bool:
+    return any(
+        any(map(is_reference, [*eqn.invars, *eqn.outvars]))
+        or (eqn.primitive.name in _CALLS and _has_references(_called(eqn)[0]))
+        for eqn in jaxpr.eqns
+    )
+
+
+def is_reference(atom: Any) -> bool:
+    """Whether a variable is a mutable reference (`jax.new_ref`) and not an array."""
+    return hasattr(atom.aval, "inner_aval")
+
+
+def prune(closed: core.ClosedJaxpr, *, effects: bool = False) -> core.ClosedJaxpr:
+    """Drops the equations that no output needs, those with side effects too unless asked for."""
+    kept = needed(closed.jaxpr.eqns, variables(closed.jaxpr.outvars), effects=effects)
     return core.ClosedJaxpr(closed.jaxpr.replace(eqns=kept), closed.consts)
 
 
@@ -85,10 +114,15 @@ def needed(
     """The equations that make the wanted variables, and those with side effects if asked for."""
     wanted, kept = set(wanted), []
     for eqn in reversed(list(eqns)):
-        if wanted.intersection(eqn.outvars) or (effects and eqn.effects):
+        if wanted.intersection(eqn.outvars) or (effects and acts(eqn)):
             kept.append(eqn)
             wanted.update(variables(eqn.invars))
     return kept[::-1]
+
+
+def acts(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation has side effects; to JAX a collective's named axis is one, not here."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
 def variables(atoms: Iterable) -> list[Any]:
@@ -116,7 +150,12 @@ def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence]:
 
 
 def known_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Outputs that depend on an UNKNOWN input are UNKNOWN; loops and branches are split."""
+    """Outputs that depend on an UNKNOWN input are UNKNOWN; loops and branches are split.
+
+    So is what has side effects, or comes of one: what a reference holds is not seen from here.
+    """
+    if acts(eqn):
+        return [UNKNOWN] * len(eqn.outvars)
     if not any(v is UNKNOWN for v in values):
         return bind(eqn, values)
     if eqn.primitive.name == "scan":

@@ -93,7 +93,7 @@ def gradient_by_lag(
         raise _errors.not_a_recorder(recorder)
     _errors.is_tape(tape, Tape)
     params, x = canonical(params, "params"), _tape.some_x(tape)
-    closure = recorder._resume(params, tape, x)
+    closure, tape = recorder._resume(params, tape, x)
     window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
     found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)
     unreached = closure.window - window.steps

@@ -13,6 +13,7 @@ from jaxbptt._avals import canonical
 from jaxbptt._closure import pick
 from jaxbptt._learner_state import LearnerState, Metrics, Pending, check_state
 from jaxbptt._record import Recorder, record
+from jaxbptt._step import own_containers
 from jaxbptt._types import PyTree, StepFn, leaf_type, type_of
 
 
@@ -171,7 +172,7 @@ class Learner:
 
     def _plainly(self, params: PyTree, carry: PyTree, x: PyTree) -> tuple:
         """(carry, y, loss, aux) of one step that is not recorded."""
-        carry, y = self.recorder.step(params, carry, x)
+        carry, y = self.recorder.step(*own_containers(params, carry, x))
         carry, y = canonical(carry, "carry", returned=True), canonical(y, "y", returned=True)
         return carry, y, *_objective.evaluate(self.loss, y, x)
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import re
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +14,7 @@ from jaxbptt import _errors, _tape
 from jaxbptt._avals import stand_in
 from jaxbptt._fingerprint import fingerprint
 from jaxbptt._record import Recorder
-from jaxbptt._saved import Leaf, State
+from jaxbptt._saved import Leaf, State, checksum
 from jaxbptt._tape import Settings, Tape
 from jaxbptt._types import LeafType, TreeType
 
@@ -128,6 +131,46 @@ def refuse(theirs: Manifest, ours: Manifest, where: str, clear: bool) -> None:
                     f"is of {saved}: {_CLEAR}"
                 )
     _same_leaves(theirs, ours, where, True, _CLEAR)
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """The manifest with a checksum of itself."""
+    return manifest | {"checksum": _seal(manifest)}
+
+
+def check_seal(manifest: Manifest, where: str) -> None:
+    """Refuses a manifest that is not as it was written; one of an older release has no checksum.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    if manifest.get("checksum") not in (None, _seal(manifest)):
+        raise damaged(where, "its manifest does")
+
+
+def check_sums(manifest: Manifest, read: Mapping[str, Any], where: str) -> None:
+    """Refuses arrays that do not have the checksums that they were saved with.
+
+    Raises:
+        ValueError: one has another.
+    """
+    for leaf in manifest["leaves"]:
+        value, saved = read.get(leaf["name"]), leaf.get("checksum")
+        if value is not None and saved is not None and checksum(value) not in (saved, None):
+            raise damaged(where, f"like{leaf['path']} does")
+
+
+def damaged(where: str, what: str) -> ValueError:
+    """The error for a checkpoint that changed on disk."""
+    return ValueError(
+        f"{where} must hold what was saved, but {what} not match its checksum: the file was "
+        "damaged. Take another checkpoint: restore(like, step=...)."
+    )
+
+
+def _seal(manifest: Manifest) -> str:
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
 
 
 def names(manifest: Manifest) -> dict[str, str]:

@@ -12,7 +12,7 @@ import jax
 from jax.extend import core
 
 from jaxbptt._avals import like
-from jaxbptt._interpret import ZERO, Value, drop, prune
+from jaxbptt._interpret import ZERO, Value, drop, in_one_piece, prune
 from jaxbptt._residuals import Residuals
 from jaxbptt._zero import remaining
 
@@ -51,7 +51,7 @@ def trace_pulls(
         n_carry: how many leaves λ has.
         parts: the window of each of them, or nothing where they have one.
     """
-    n = len(residuals.avals)
+    n, pull = len(residuals.avals), in_one_piece(pull)
     cts = [like(v.aval) for v in pull.jaxpr.invars[residuals.count :]]
 
     def program(with_y: bool, over: Sequence[bool]) -> Pull:
@@ -66,7 +66,7 @@ def trace_pulls(
             return drop(outs, outs)
 
         given = [*residuals.avals, *(cts if with_y else cts[:n_carry])]
-        closed = prune(jax.make_jaxpr(run)(*given))
+        closed = prune(jax.make_jaxpr(run)(*given), effects=True)
         return Pull(closed, tuple(zero), tuple(over))
 
     ends = [0, *sorted(set(parts))[:-1]]

@@ -11,6 +11,7 @@ from jaxbptt._call import call, given_window
 from jaxbptt._chain import padded, pull_window
 from jaxbptt._closure import Closure, trace
 from jaxbptt._cotangents import Cotangents, with_float0
+from jaxbptt._fingerprint import program_hash
 from jaxbptt._tape import Settings, Tape
 from jaxbptt._types import LeafType, PyTree, StepFn, type_of
 from jaxbptt._windows import Windows
@@ -56,9 +57,7 @@ class Recorder:
         params, x = canonical(params, "params", structs=True), canonical(x, "x", structs=True)
         carry = jax.tree.map(jnp.copy, canonical(carry, "carry"))
         closure = self._trace(params, carry, x)
-        types = type_of(params), type_of(carry), type_of(x)
-        settings = Settings(closure.window, self.windows, self.every, self.weights, *types)
-        return _tape.blank(carry, self._slot(closure, carry, x), settings)
+        return self._blank(closure, params, carry, x)
 
     def __call__(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
         """Runs one step and records it.
@@ -88,7 +87,7 @@ class Recorder:
         _errors.no_tape("params", params, Tape)
         _errors.no_tape("x", x, Tape)
         params, x = canonical(params, "params"), canonical(x, "x")
-        closure = self._resume(params, tape, x)
+        closure, tape = self._resume(params, tape, x)
         tape, y, aux = call(closure, tape, params, x)
         return tape, (y, aux) if self.has_aux else y
 
@@ -122,7 +121,7 @@ class Recorder:
         """
         _errors.is_tape(tape, Tape)
         params, x = canonical(params, "params"), _tape.some_x(tape)
-        closure = self._resume(params, tape, x)
+        closure, tape = self._resume(params, tape, x)
         window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
         ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
         xs = [jnp.flip(padded(v, closure.window - window.steps), 0) for v in ct.xs]
@@ -153,8 +152,18 @@ class Recorder:
             windows=self.windows,
         )
 
-    def _resume(self, params: PyTree, tape: Tape, x: PyTree) -> Closure:
-        """The closure of the step on this tape, or a refusal before anything runs."""
+    def _blank(self, closure: Closure, params: PyTree, carry: PyTree, x: PyTree) -> Tape:
+        types = type_of(params), type_of(carry), type_of(x)
+        settings = Settings(
+            closure.window, self.windows, self.every, self.weights, *types, program_hash(closure)
+        )
+        return _tape.blank(carry, self._slot(closure, carry, x), settings)
+
+    def _resume(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Closure, Tape]:
+        """The closure of the step on this tape, or a refusal before anything runs.
+
+        Where nothing is recorded yet the tape need not be of this step: it is made anew.
+        """
         made = tape._settings
         for name in ("windows", "every", "weights"):
             if getattr(made, name) != getattr(self, name):
@@ -166,9 +175,13 @@ class Recorder:
             _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
         closure = self._trace(params, tape.carry, x)
         slot, came = self._slot(closure, tape.carry, x), _tape.layout(tape)
+        if slot == came and made.step == program_hash(closure):
+            return closure, tape
+        if _tape.is_blank(tape):
+            return closure, self._blank(closure, params, tape.carry, x)
         if slot != came:
             raise _errors.other_residuals(slot, came)
-        return closure
+        raise _errors.other_step()
 
     def _slot(self, closure: Closure, carry: PyTree, x: PyTree) -> tuple[LeafType, ...]:
         return type_of((carry, x)).leaves if self.weights == "replayed" else closure.slot

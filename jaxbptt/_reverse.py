@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxbptt._avals import size_in_bytes, zeros
 from jaxbptt._blocks import block_of, block_size, in_blocks, rows
 from jaxbptt._chain import dense_weights, densify
+from jaxbptt._chain_by_chain import is_needed, pull_chains
 from jaxbptt._chains import Chains, select
 from jaxbptt._closure import Closure
 from jaxbptt._contract import Split
@@ -66,6 +67,8 @@ def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[l
     if not groups.length:
         no_xs = [jnp.zeros((0, *kind.shape), kind.dtype) for kind in kinds["x"]]
         return [zeros(kind) for kind in (*kinds["hoisted"], *kinds["params"])], ct_carry, no_xs
+    if is_needed(closure, groups):
+        return pull_chains(closure, run.stacks, run.fixed, groups, run.reverse, ct_carry, ct_ys)
     sweep = _Sweep.of(closure, run, [*run.stacks, *ct_ys])
     block = sweep.block()
     contracted = None if block == groups.length else sweep.split.zero_contractions()

@@ -1,6 +1,7 @@
 """A state leaf by leaf: what of each is saved, what belongs to the past, and how it comes back."""
 
 import dataclasses
+import zlib
 from collections import Counter
 from typing import Any
 
@@ -138,6 +139,13 @@ class State:
                 rows.append(Leaf(at if count[at] == 1 else f"{at}#{count[at]}", value, past))
         tapes = {keystr(path): node for path, node in nodes if isinstance(node, Tape)}
         return cls(tuple(rows), tapes, jax.tree.structure(tree))
+
+
+def checksum(array: Any) -> str | None:
+    """A CRC-32 of an array's bytes; None where this process does not hold all of them."""
+    if not getattr(array, "is_fully_addressable", True):
+        return None
+    return f"{zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data):08x}"
 
 
 def _is_past(node: Any, path: tuple) -> bool:

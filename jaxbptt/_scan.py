@@ -13,7 +13,7 @@ from jaxbptt._avals import like
 from jaxbptt._closure import Closure, differentiable, fill, pick, trace
 from jaxbptt._forward import record_run
 from jaxbptt._groups import Groups
-from jaxbptt._interpret import bind, scan_counts
+from jaxbptt._interpret import bind, is_reference, scan_counts
 from jaxbptt._random_window import RandomWindow
 from jaxbptt._reverse import Run, pull_run
 from jaxbptt._types import PyTree, type_of
@@ -131,10 +131,10 @@ def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], *, ys_too
 
     @functools.wraps(f)
     def step(carry: PyTree, x: PyTree) -> Any:
+        came = {id(leaf) for leaf in jax.tree.leaves((carry, x))}
         outs = f(carry, x)
         if not isinstance(outs, tuple | list) or len(outs) != 2:
             return outs  # lax.scan says what is wrong with it
-        came = {id(leaf) for leaf in jax.tree.leaves((carry, x))}
 
         def one(leaf: Any) -> Any:
             return lax.optimization_barrier(leaf) if id(leaf) in came else leaf
@@ -155,6 +155,8 @@ def _truncated(
     body, length = eqn.params["jaxpr"], eqn.params["length"]
     n_consts, n_carry = scan_counts(eqn)
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
+    if not windows and not drawn and any(map(is_reference, eqn.invars)):
+        return bind(eqn, values)  # a derivative of our own can't write to references: JAX's does
     xs = values[n_consts + n_carry :]
 
     def step(_: PyTree, carry: list, x: list) -> tuple[list, list]:
@@ -166,10 +168,13 @@ def _truncated(
     most = max(length, 1) + every - 1  # there are no more steps to reach
     steps = [min(w, most) for w in windows.steps] if windows else [most]
     by_leaf = pick(differentiable(carry), steps) if windows and n_carry else []
-    groups = Groups.of(length, by_leaf or [max(steps)], every)
+    by_leaf = by_leaf or [max(steps)]
+    groups = Groups.of(length, by_leaf, every)
     # Of a single chain the parts that are over are masked, not left out of a program.
-    parts = Windows.of(steps if groups.parts and groups.chains > 1 else 1)
+    parts = Windows.of(steps if groups.parts and (groups.chains > 1 or groups.gaps) else 1)
     closure = trace(step, (), carry, x, stored=False, has_aux=False, windows=parts)
+    if windows and not closure.linear:
+        groups = Groups.of(length, by_leaf, every, together=False)
     factors = None if drawn is None else drawn.factors(length)
     return _call(closure, eqn, consts, init, xs, groups, factors)
 

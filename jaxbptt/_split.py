@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._contract import Atom, Product, Split
-from jaxbptt._interpret import ZERO, needed, variables
+from jaxbptt._interpret import ZERO, acts, needed, variables
 from jaxbptt._zero import is_0
 
 Maker = dict[Any, core.JaxprEqn]  # of each variable, the equation that makes it
@@ -19,7 +19,7 @@ Maker = dict[Any, core.JaxprEqn]  # of each variable, the equation that makes it
 # Linear in the one operand that varies with the lag ...
 _LINEAR = frozenset(
     "broadcast_in_dim conj convert_element_type copy div dot_general dynamic_slice expand_dims "
-    "gather imag mul neg pad psum psum2 psum_invariant real reduce_precision reduce_sum reshape "
+    "gather imag mul neg pad psum psum2 psum_invariant real reduce_sum reshape "
     "rev sharding_constraint slice squeeze transpose".split()
 )
 # ... or in all operands together.
@@ -28,7 +28,12 @@ _WORTH = 1.0  # operands are emitted if at most this many times as large as thei
 
 
 def split(
-    jaxpr: core.Jaxpr, constant: Sequence[bool], weights: list[Atom], outs: list[Atom]
+    jaxpr: core.Jaxpr,
+    constant: Sequence[bool],
+    weights: list[Atom],
+    outs: list[Atom],
+    *,
+    effects: bool,
 ) -> Split:
     """Divides the equations of a flat, pruned pullback.
 
@@ -37,12 +42,15 @@ def split(
         constant: which inputs are the same at all lags.
         weights: outputs to be summed over the lags.
         outs: outputs wanted at each lag.
+        effects: whether its side effects are wanted too, at each lag.
     """
     maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     weights, outs = ([ZERO if _is_zero(v, maker) else v for v in vs] for vs in (weights, outs))
     fixed = _fixed(jaxpr, constant)
-    eqns = needed(jaxpr.eqns, variables([*weights, *outs]))
-    after, in_loop = _walk_back(eqns, fixed, maker, variables(weights), variables(outs))
+    eqns = needed(jaxpr.eqns, variables([*weights, *outs]), effects=effects)
+    acting = [e for e in eqns if effects and acts(e)]
+    shown = variables(v for e in acting for v in e.invars)
+    after, in_loop = _walk_back(eqns, fixed, maker, variables(weights), [*variables(outs), *shown])
     made_after = {v for eqn in after for v in eqn.outvars}
     ends = [v for eqn in after for v in variables(eqn.invars) if v not in fixed]
     leaves = [v for v in dict.fromkeys(ends + variables(weights)) if v not in made_after]
@@ -52,9 +60,7 @@ def split(
     turned = _turned([v for v in leaves if v not in in_loop and v not in weights], after)
     products = [_product(e, turned.get(e.outvars[0])) for e in chosen]
     reductions = [e for e in makers if e.primitive.name == "reduce_sum" and e.invars[0] in emitted]
-    scatters = [
-        e for e in makers if e.primitive.name == "scatter-add" and _is_zero(e.invars[0], maker)
-    ]
+    scatters = [e for e in makers if _scatters_into_zeros(e, maker)]
     done = {e.outvars[0] for e in (*chosen, *reductions, *scatters)}
     plain = [turned[v].outvars[0] if v in turned else v for v in leaves if v not in done]
     summed = {*leaves, *plain, *(p.made for p in products)}
@@ -63,9 +69,9 @@ def split(
         jaxpr=jaxpr,
         outs=outs,
         weights=weights,
-        at_lag=needed(eqns, variables([*outs, *emitted, *operands, *plain])),
+        at_lag=needed(eqns, variables([*outs, *emitted, *operands, *plain]), effects=effects),
         after=needed(
-            [e for e in eqns if e.outvars[0] in (made_after | fixed) - summed],
+            [e for e in eqns if (made_after | fixed).difference(summed).intersection(e.outvars)],
             [v for v in variables(weights) if v not in summed],
         ),
         products=products,
@@ -73,6 +79,7 @@ def split(
         scatters=scatters,
         plain=plain,
         emitted=emitted,
+        acts=bool(acting),
     )
 
 
@@ -120,7 +127,7 @@ def _is_linear(eqn: core.JaxprEqn, fixed: set, maker: Maker) -> bool:
     if name == "convert_element_type" and moving[0].aval.dtype != out.aval.dtype:
         # Rounding a sum once is not the sum of what was rounded, and adding up in the
         # narrower type loses digits; a product over all lags at once does neither.
-        return _widens(moving[0].aval, out.aval) and _comes_from_product(moving[0], maker)
+        return _widens(moving[0].aval, out.aval) and _is_summed_wide(moving[0], maker)
     if name == "pad" and not _is_zero(eqn.invars[1], maker):
         return False
     return moving[0] is eqn.invars[0]
@@ -133,10 +140,17 @@ def _widens(narrow: Any, wide: Any) -> bool:
     return bool(a.nmant <= b.nmant and a.maxexp <= b.maxexp)
 
 
-def _comes_from_product(v: Atom, maker: Maker) -> bool:
+def _is_summed_wide(v: Atom, maker: Maker) -> bool:
+    """Whether it comes from a product or a scatter, which are added up in float32."""
     while v in maker and maker[v].primitive.name in ("transpose", "reshape", "neg", "squeeze"):
         v = maker[v].invars[0]
-    return v in maker and maker[v].primitive.name == "dot_general"
+    return v in maker and (
+        maker[v].primitive.name == "dot_general" or _scatters_into_zeros(maker[v], maker)
+    )
+
+
+def _scatters_into_zeros(eqn: core.JaxprEqn, maker: Maker) -> bool:
+    return eqn.primitive.name == "scatter-add" and _is_zero(eqn.invars[0], maker)
 
 
 def _worthwhile(products: list[core.JaxprEqn], fixed: set) -> tuple[list, list]:

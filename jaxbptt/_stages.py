@@ -106,7 +106,8 @@ def divide(
     moving = [e for e in eqns if not e.outvars or not still.issuperset(e.outvars)]
     before = _before(_reached(moving, known), still)
     ahead = _made(before)
-    after = _after([e for e in moving if not ahead.issuperset(e.outvars)], still, now)
+    later_on = [e for e in moving if not e.outvars or not ahead.issuperset(e.outvars)]
+    after = _after(later_on, still, now)
     behind = _made(after)
 
     last = _read(after) + variables(later)

@@ -5,6 +5,7 @@ from jax.extend import core
 
 from jaxbptt import _errors
 from jaxbptt._avals import canonical
+from jaxbptt._interpret import is_reference
 from jaxbptt._types import PyTree, StepFn, TreeType, type_of
 
 
@@ -14,11 +15,14 @@ def trace_step(
     """The step as a jaxpr, the arrays it closes over as consts; the type of (carry, y, aux).
 
     Raises:
-        TypeError: the step doesn't return a pair, or not a carry of the type it was given.
+        TypeError: the step doesn't return a pair, or not a carry of the type it was given; it
+            closes over a mutable reference, or changes its parameters in place.
     """
 
     def checked(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        pair = step(params, carry, x)
+        own = own_containers(params, carry, x)
+        pair = step(*own)
+        _params_are_left(params, own[0])
         remedy = "Return (carry, None) if there is no output, (carry, (a, b)) if there are several."
         _errors.is_pair(pair, "a pair (carry, y)", remedy)
         new_carry, y = pair
@@ -43,4 +47,33 @@ def trace_step(
         return new_carry, y, canonical(aux, "aux", returned=True)
 
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
+    for v in filter(is_reference, closed.jaxpr.constvars):
+        raise TypeError(
+            f"step must not close over a mutable reference, but closes over one of {v.aval}. Put "
+            "its value into the carry, or make the reference inside the step with jax.new_ref."
+        )
     return closed, type_of(shapes)
+
+
+def own_containers(*trees: PyTree) -> tuple[PyTree, ...]:
+    """The same trees for a step to keep: it may write into them, or use up what is read once."""
+    return jax.tree.map(lambda leaf: leaf, trees)
+
+
+def _params_are_left(before: PyTree, after: PyTree) -> None:
+    """Refuses a step that changes its parameters in place: what it writes there is lost.
+
+    A flax module does, whose random numbers or batch statistics move on when it is called.
+    """
+    kept = {id(leaf) for leaf in jax.tree.leaves(before)}
+    new = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(after)[0]
+        if id(leaf) not in kept
+    ]
+    if new:
+        raise TypeError(
+            f"step must leave params as they are, but it changed params{new[0]} in place, which is "
+            "lost after the step. Carry what changes: from_nnx or from_linen make such a step of a "
+            "flax module with Dropout, BatchNorm or other state; else return it in the carry."
+        )

@@ -30,6 +30,7 @@ class Settings:
     params: TreeType
     carry: TreeType
     x: TreeType
+    step: str  # a hash of what the step computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,11 @@ def blank(carry: PyTree, slot: Sequence[LeafType], settings: Settings) -> Tape:
     # Three arrays rather than one thrice: a buffer can be donated only once.
     length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
     return Tape(carry, length, ring, head, phase, settings)
+
+
+def is_blank(tape: Tape) -> bool:
+    """Whether nothing is recorded, as far as that is known while tracing."""
+    return not isinstance(tape.length, jax.core.Tracer) and not tape.length.any()
 
 
 def clear(tape: Tape) -> Tape:

@@ -58,7 +58,7 @@ def _recorded(rec: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tap
     That rule would give an outer derivative the truncated gradient, and nothing for the tape.
     """
     params = canonical(params, "params")
-    closure = rec._resume(params, tape, x)
+    closure, tape = rec._resume(params, tape, x)
     leaves = [jax.tree.leaves(tree) for tree in (params, tape.carry, x)]
     (carry, y, _), residuals, _ = closure.forward(*leaves)
     if rec.weights == "replayed":

@@ -13,20 +13,11 @@ from jax.extend import core
 
 from jaxbptt._avals import zeros
 from jaxbptt._interpret import ZERO, Marker, Value, bind, interpret
+from jaxbptt._linear import BILINEAR, JOINT, LINEAR
 from jaxbptt._types import leaf_type
 
 _BLANK = Marker("BLANK")
 
-# Primitives linear in their first operand alone ...
-_LINEAR = frozenset(
-    "broadcast_in_dim conj convert_element_type copy copy_p cumsum div dynamic_slice expand_dims "
-    "fft gather imag name neg pvary real reduce_precision reduce_sum reduce_window_sum reshape rev "
-    "select_and_scatter_add sharding_constraint slice split squeeze transpose".split()
-)
-# ... in each of two, or in this many of their first operands together.
-_BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
-_JOINT: dict[str, int | None] = {"complex": 2, "dynamic_update_slice": 2, "pad": 2, "sub": 2}
-_JOINT |= {"concatenate": None, "stack": None}
 # What leaves an array that begins as zeros as it was.
 _MOVED = frozenset({"broadcast_in_dim", "pvary", "reshape", "transpose"})
 
@@ -50,9 +41,9 @@ def _zero_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     if name == "scatter-add" and zero[2] and not blank[0]:
         return [values[0]]
     if (
-        (name in _LINEAR and zero[0])
-        or name in _BILINEAR
-        or (name in _JOINT and all(blank[: _JOINT[name]]))
+        (name in LINEAR and zero[0])
+        or name in BILINEAR
+        or (name in JOINT and all(blank[: JOINT[name]]))
         or (name == "select_n" and all(blank[1:]))
         or (name in ("scatter", "scatter-add") and blank[0] and blank[2])
     ):

@@ -1,0 +1,237 @@
+"""A tape belongs to the step that recorded it: another step's is refused, its own never."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import draw
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from meshes import entered, laid, mesh_of
+
+import jaxbptt
+
+XS = jnp.asarray([0.3, 0.2, 0.4])
+OTHER = r"^tape must be of this recorder's step, but was recorded by a step that computes"
+
+
+def scaled(scale, nonlinearity=jnp.tanh):
+    def step(w, c, x):
+        c = nonlinearity(scale * w * c + x)
+        return c, c
+
+    return step
+
+
+def recorded(rec, w=0.5, xs=XS):
+    tape = rec.init(w, 0.1, 0.0)
+    for x in xs:
+        tape, _ = rec(w, tape, x)
+    return tape
+
+
+def ways(rec, tape):
+    """Everything that takes a tape and needs the step."""
+    yield lambda: rec(0.5, tape, 0.1)
+    yield lambda: jax.jit(rec)(0.5, tape, 0.1)
+    yield lambda: rec.pullback(0.5, tape, jnp.ones(1))
+    yield lambda: jax.grad(lambda w: rec(w, tape, 0.1)[1])(0.5)
+    yield lambda: jaxbptt.gradient_by_lag(rec, 0.5, tape, jnp.ones(1))
+    yield lambda: lax.scan(lambda tape, x: rec(0.5, tape, x), tape, XS)
+
+
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_a_tape_of_another_step_with_the_same_slots_is_refused(weights):
+    one, two = (jaxbptt.record(scaled(s), window=3, weights=weights) for s in (1.0, 3.0))
+    tape = recorded(one)
+    for way in ways(two, tape):
+        with pytest.raises(ValueError, match=OTHER):
+            way()
+
+
+def test_another_operation_counts_and_another_number_inside_a_loop():
+    tape = recorded(jaxbptt.record(scaled(2.0, jnp.sin), window=3))
+    with pytest.raises(ValueError, match=OTHER):
+        jaxbptt.record(scaled(2.0, jnp.cos), window=3)(0.5, tape, 0.1)
+
+    def looped(number):
+        def step(w, c, x):
+            c = lax.fori_loop(0, 3, lambda _, c: jnp.sin(w * c + number * x), c)
+            return c, c
+
+        return jaxbptt.record(step, window=3)
+
+    tape = recorded(looped(1.0))
+    with pytest.raises(ValueError, match=OTHER):
+        looped(1.5)(0.5, tape, 0.1)
+
+
+def test_a_blank_tape_fits_whatever_step_comes_first():
+    one, two = (jaxbptt.record(scaled(s), window=3) for s in (1.0, 3.0))
+    right = recorded(two)
+    tape = one.init(0.5, 0.1, 0.0)
+    for x in XS:
+        tape, _ = two(0.5, tape, x)
+    got, want = (two.pullback(0.5, t, jnp.ones(1)) for t in (tape, right))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    cleared = one.clear(recorded(one))
+    assert two(0.5, cleared, 0.1)[0].length == 1
+
+
+@pytest.mark.parametrize("leak", [0.9, np.float64(0.9), jnp.array(0.9), jnp.asarray(0.9)])
+def test_a_number_that_becomes_a_tracer_before_anything_is_recorded(leak):
+    def recorder(leak):
+        return jaxbptt.record(lambda w, c, x: (leak * c + w * x,) * 2, window=3)
+
+    tape = recorder(leak).init(0.5, 0.0, XS[0])
+    for x in XS:
+        grad, tape = jax.grad(
+            lambda a, x=x, tape=tape: recorder(a)(0.5, tape, x)[::-1], has_aux=True
+        )(jnp.asarray(leak, float))
+    want = jax.grad(lambda a: 0.5 * (a * a * XS[0] + a * XS[1] + XS[2]))(0.9)
+    np.testing.assert_allclose(grad, want, rtol=1e-13)
+
+
+def test_afterwards_it_is_refused_with_what_to_do():
+    def recorder(leak):
+        return jaxbptt.record(lambda w, c, x: (leak * c + w * x,) * 2, window=3)
+
+    tape = recorded(recorder(0.9))
+    with pytest.raises(ValueError, match=r"^tape must be of .* has to be an array \(jnp.asarray\)"):
+        jax.grad(lambda a: recorder(a)(0.5, tape, 0.1)[1])(0.9)
+    tape = recorded(recorder(jnp.asarray(0.9)))  # what it says
+    assert np.isfinite(jax.grad(lambda a: recorder(a)(0.5, tape, 0.1)[1])(0.9))
+
+
+# ---------------------------------------------------- its own step, traced another way
+
+W, U, H = draw(0, 4, 4), draw(1, 3, 4), draw(2, 2, 4)
+ROWS = draw(3, 5, 2, 3)
+SCALE = jnp.asarray(0.9)
+
+
+def cell(p, h, x):
+    h = jnp.tanh(h @ p["w"] * SCALE + jnp.where(x @ p["u"] > 0, x @ p["u"], 0.1))
+    return h, jnp.mean(h)
+
+
+PARAMS = {"w": W, "u": U}
+REC = jaxbptt.record(cell, window=3)
+
+
+@functools.cache
+def tape_of_cell():
+    tape = REC.init(PARAMS, H, ROWS[0])
+    for x in ROWS:
+        tape, _ = REC(PARAMS, tape, x)
+    return tape
+
+
+def test_under_every_transformation_a_tape_stays_its_own():
+    tape = tape_of_cell()
+
+    def grad(p, tape, x):
+        return jax.grad(lambda p: REC(p, tape, x)[1])(p)
+
+    want = grad(PARAMS, tape, ROWS[0])
+    many = jax.tree.map(lambda v: jnp.stack([v, v]), tape)
+    found = {
+        "jit": jax.jit(grad)(PARAMS, tape, ROWS[0]),
+        "vmap": jax.tree.map(
+            lambda v: v[0], jax.vmap(grad, (None, 0, None))(PARAMS, many, ROWS[0])
+        ),
+        "checkpoint": jax.checkpoint(grad)(PARAMS, tape, ROWS[0]),
+        "remade": jax.grad(
+            lambda p: jaxbptt.record(lambda *a: cell(*a), window=3)(p, tape, ROWS[0])[1]
+        )(PARAMS),
+    }
+    with jax.disable_jit():
+        found["without jit"] = grad(PARAMS, tape, ROWS[0])
+    for name, got in found.items():
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, err_msg=name)
+
+
+def test_arrays_that_the_step_closes_over_may_change():
+    def recorder(scale):
+        return jaxbptt.record(lambda w, c, x: (jnp.tanh(scale * w * c + x),) * 2, window=3)
+
+    tape = recorded(recorder(jnp.asarray(1.0)))
+    assert np.isfinite(recorder(jnp.asarray(3.0)).pullback(0.5, tape, jnp.ones(1)).params)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_a_tape_brought_to_a_mesh_and_off_it_stays_its_own():
+    mesh = mesh_of(data=2)
+    with entered(mesh):
+        p, h, x = laid(mesh, (P(), P("data"), P("data")), (PARAMS, H, ROWS[0]))
+        there = jax.jit(lambda p, h, x: REC(p, REC.init(p, h, x), x)[0])(p, h, x)
+        there, _ = jax.jit(REC)(p, there, x)
+        here = jax.device_put(tape_of_cell(), jax.sharding.NamedSharding(mesh, P()))
+        assert jax.jit(REC)(p, here, x)[0].length == 3
+    here = jax.device_put(jax.device_get(there))
+    assert jax.jit(REC)(PARAMS, here, ROWS[0])[0].length == 3
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_a_replicated_tape_under_shard_map():
+    mesh = mesh_of(data=2)
+    tape = tape_of_cell()
+
+    def local(p, tape, x):
+        return lax.pmean(REC(p, tape, x)[1], "data")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P()), out_specs=P(), check_vma=False)
+    got, want = jax.jit(run)(PARAMS, tape, ROWS[0]), REC(PARAMS, tape, ROWS[0])[1]
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+# ------------------------------------------------- containers that a step writes into
+
+
+def test_a_step_may_write_into_the_containers_that_it_is_given():
+    def step(w, carry, x):
+        carry["h"] = jnp.tanh(w * carry.pop("old") + x.pop("u"))
+        carry["old"] = carry.pop("h")
+        return carry, carry["old"]
+
+    def as_usual(w, carry, x):
+        h = jnp.tanh(w * carry["old"] + x["u"])
+        return {"old": h}, h
+
+    def gradients(f):
+        x, carry = {"u": jnp.asarray(0.3)}, {"old": jnp.asarray(0.1)}
+        rec = jaxbptt.record(f, window=2)
+        tape, _ = rec(0.5, rec.init(0.5, carry, x), x)
+        yield jax.grad(lambda w: rec(w, tape, x)[1])(0.5)
+
+        def loss(w):
+            how = {"window": 2}
+            return jaxbptt.scan(lambda c, x: f(w, c, x), carry, {"u": XS}, **how)[1].sum()
+
+        yield jax.grad(loss)(0.5)
+        assert list(x) == ["u"]
+        assert list(carry) == ["old"]
+
+    assert list(gradients(step)) == list(gradients(as_usual))
+
+
+def test_a_carry_written_in_place_is_held_to_its_type():
+    def step(w, carry, x):
+        carry["h"] = (w * carry["h"] + x).astype(jnp.bfloat16)
+        return carry, x
+
+    with pytest.raises(TypeError, match=r"^step must return a carry of the type it was given"):
+        jaxbptt.record(step, window=2).init(0.5, {"h": jnp.zeros(2)}, jnp.ones(2))
+
+
+def test_parameters_changed_in_place_are_refused():
+    def step(p, c, x):
+        p["count"] = p["count"] + 1
+        return p["w"] * c + x, c
+
+    params = {"w": jnp.asarray(0.5), "count": jnp.asarray(0)}
+    with pytest.raises(TypeError, match=r"it changed params\['count'\] in place, .* from_nnx or"):
+        jaxbptt.record(step, window=2).init(params, jnp.asarray(0.1), jnp.asarray(0.2))
