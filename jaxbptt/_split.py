@@ -33,7 +33,7 @@ def split(
     weights: list[Atom],
     outs: list[Atom],
     *,
-    effects: bool,
+    effects: bool = False,
 ) -> Split:
     """Divides the equations of a flat, pruned pullback.
 

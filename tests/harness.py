@@ -1,5 +1,10 @@
 """What many tests do: draw numbers, record a run in one compiled loop, pull a `scan` back, SGD."""
 
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +71,17 @@ def ct_like(tree: Any, values: Any) -> Any:
 def first(tree: Any) -> Any:
     """Of leaves with an axis over steps, those of the first step."""
     return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def worst(got: Any, wanted: Any) -> float:
+    """The largest error, relative to each leaf's largest value (to 1 where that is zero)."""
+
+    def one(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = float(np.max(np.abs(b), initial=0.0)) or 1.0
+        return float(np.max(np.abs(a - b), initial=0.0)) / scale
+
+    return max(jax.tree.leaves(jax.tree.map(one, got, wanted)))
 
 
 # ------------------------------------------------------------------ record
@@ -170,3 +186,51 @@ def pulled(
     cts = moving(ct_carry), [np.stack(vs) for vs in zip(*map(moving, ct_ys), strict=True)]
     got, outs = go(moving(params), moving(carry), moving(xs), cts)
     return oracles.Expected(*got), outs
+
+
+# --------------------------------------------------------------- processes
+
+ROOT = Path(jaxbptt.__file__).parents[1]
+# Seconds for what another process does. It ends one that hangs, and says nothing of how fast one
+# must be: on a machine with ten times the load all takes ten times as long.
+PATIENCE = 1800
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """The environment of a process that imports this library, and compiles as the tests do.
+
+    What has been compiled is shared, and XLA's costlier passes are off; the other settings of
+    the tests are not there.
+
+    Args:
+        changes: variables that are to be otherwise; None takes one away.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    changes = {"PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | changes
+    return {k: v for k, v in (os.environ | changes).items() if v is not None}
+
+
+def run_python(*arguments: Any, cwd: Path, **changes: str | None) -> subprocess.CompletedProcess:
+    """Runs Python as a reader would, with warnings as errors; see `environment` for changes."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(**changes),
+        timeout=PATIENCE,
+    )
+
+
+def not_there(program: str) -> set[str]:
+    """The names that a program takes from `jaxbptt`, as far as there are none."""
+    nodes = list(ast.walk(ast.parse(program)))
+    names = {n.attr for n in nodes if isinstance(n, ast.Attribute) and _is_ours(n.value)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module == "jaxbptt":
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if not hasattr(jaxbptt, name)}
+
+
+def _is_ours(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "jaxbptt"

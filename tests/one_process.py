@@ -93,7 +93,10 @@ def main():
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
+    # Enough for the slowest of them to import JAX on a busy machine.
+    jax.distributed.initialize(
+        f"localhost:{port}", int(count), int(index), initialization_timeout=1800
+    )
     found = results(jax.devices())
     print(f"{jax.process_count()} processes, {len(jax.devices())} devices")
     if jax.process_index() == 0:

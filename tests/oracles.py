@@ -50,13 +50,34 @@ def refill(tree: Any, values: Any) -> Any:
 
 def stack(trees: list) -> Any:
     """One tree with an axis over steps in front."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def one(*leaves):
+        if all(isinstance(leaf, np.ndarray) or _is_plain(leaf) for leaf in leaves):
+            return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
+        return jnp.stack(leaves)
+
+    return jax.tree.map(one, *trees)
 
 
 def unstack(tree: Any, length: int) -> list:
     """A list of trees, one for each step."""
     leaves, treedef = jax.tree.flatten(tree)
-    return [treedef.unflatten([leaf[s] for leaf in leaves]) for s in range(length)]
+    rows = [_rows(leaf, length) for leaf in leaves]
+    return [treedef.unflatten([row[s] for row in rows]) for s in range(length)]
+
+
+def _rows(leaf, length):
+    if not _is_plain(leaf):
+        return [leaf[s] for s in range(length)]
+    whole = np.asarray(leaf)
+    return [jnp.asarray(whole[s, ...]) for s in range(length)]
+
+
+def _is_plain(leaf):
+    """Whether NumPy can do it, which unlike JAX has nothing to compile for each shape."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def random_like(tree: Any, seed: int) -> Any:
@@ -79,7 +100,8 @@ def drifting(params: Any, length: int, seed: int = 7, size: float = 0.1) -> list
     rng = np.random.default_rng(seed)
 
     def moved(leaf):
-        return leaf * jnp.asarray(1 + size * rng.normal(size=leaf.shape), leaf.dtype)
+        factor = np.asarray(1 + size * rng.normal(size=leaf.shape), leaf.dtype)
+        return jnp.asarray(np.asarray(leaf) * factor, leaf.dtype)
 
     return [refill(params, [moved(leaf) for leaf in moving(params)]) for _ in range(length)]
 
@@ -148,20 +170,21 @@ class Run:
 
     def _terms(self, newest, oldest, ct_ys, ct_carry):
         carries, ys = self.trajectory
+        length = len(self.xs)
         no_y, no_carry = zeros_of(ys[0]), zeros_of(carries[0])
-        rows = [no_y] * self.length
+        rows = [no_y] * length
         for s, ct in zip(range(newest - len(ct_ys), newest), ct_ys, strict=True):
             if s >= 0:
                 rows[s] = moving(ct)
-        lams = [no_carry] * self.length
+        lams = [no_carry] * length
         if ct_carry is not None:
             lams[newest - 1] = moving(ct_carry)
         oldest = oldest if isinstance(oldest, list) else [oldest] * len(no_carry)
         first = min(oldest, default=newest - len(ct_ys) + 1)
         # Reached through another leaf, an older one would otherwise be followed again.
-        cut = np.arange(1, self.length + 1)[:, None] <= np.array(oldest, int)
+        cut = np.arange(1, length + 1)[:, None] <= np.array(oldest, int)
         found = _unrolled(self.step, self.stacked, self.carry, cut, by_step(rows), by_step(lams))
-        ct_thetas, probes, ct_xs = (_steps_of(leaves, self.length) for leaves in found)
+        ct_thetas, probes, ct_xs = (_steps_of(leaves, length) for leaves in found)
         return ct_thetas, probes, ct_xs, oldest, first
 
     @functools.cached_property
@@ -228,6 +251,27 @@ class Run:
             jax.tree.map(lambda m: np.asarray(m, np.float64), _jacobians(self.step, *args))
             for args in zip(self.thetas, befores, self.xs, strict=True)
         ]
+
+
+def again(run: Run, thetas: list, t: int, window: int) -> Run:
+    """What weights="replayed" differentiates: the last steps, all with the parameters of step t.
+
+    Args:
+        run: a run of which the first t steps are recorded.
+        thetas: the parameters of each of its steps.
+        t: the newest step.
+        window: the number of steps on the ring.
+
+    Returns:
+        A run from the oldest carry on the ring; its last step, `length`, is step t.
+    """
+    first, steps = max(1, t - window + 1), min(window, run.length)
+    carry = run.carry if first == 1 else run.trajectory[0][first - 2]
+    xs = stack(run.xs[first - 1 : first - 1 + steps])
+    part = Run(run.step, [thetas[t - 1]] * steps, carry, xs, steps)
+    # Steps after t get no cotangent; with them all windows of a run compile once.
+    part.length = t - first + 1
+    return part
 
 
 @functools.cache

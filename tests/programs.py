@@ -83,8 +83,8 @@ def trees(draw, dtypes, least):
     rng = np.random.default_rng(len(specs))
     leaves = [
         jnp.asarray(
-            3 * rng.normal(size=shape) if dtype == "int32" else rng.normal(size=shape)
-        ).astype(dtype)
+            np.asarray((3 if dtype == "int32" else 1) * rng.normal(size=shape)).astype(dtype)
+        )
         for shape, dtype in specs
     ]
     return CONTAINERS[draw(st.sampled_from(sorted(CONTAINERS)))](leaves)
@@ -127,5 +127,5 @@ def several(x, length):
     """A different input at each step, of the type of x."""
     rng = np.random.default_rng(11)
     return jax.tree.map(
-        lambda v: jnp.asarray(2 * rng.normal(size=(length, *v.shape))).astype(v.dtype), x
+        lambda v: jnp.asarray((2 * rng.normal(size=(length, *v.shape))).astype(v.dtype)), x
     )

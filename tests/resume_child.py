@@ -3,8 +3,9 @@
     python resume_child.py DIRECTORY RESULT
 
 It says "ready" when it is compiled, and waits for a line on stdin. Then it goes on from the
-latest checkpoint in DIRECTORY, saving after every other block, and says how far it is. At the
-end the bytes of its state go to RESULT. With "-" for DIRECTORY it neither saves nor restores.
+latest checkpoint in DIRECTORY, saving after every other block, and says how far it is. It waits
+for a line before each block, too, until stdin is closed. At the end the bytes of its state go to
+RESULT. With "-" for DIRECTORY it neither saves nor restores.
 """
 
 import contextlib
@@ -102,6 +103,7 @@ def main(directory, result):
                 position = data["position"]
         print(position, flush=True)
         while position < BLOCK * BLOCKS:
+            sys.stdin.readline()
             state, position = update(state, inputs(position)), position + BLOCK
             if store is not None and position % (2 * BLOCK) == 0:
                 store.save(position, state, data={"position": position})

@@ -6,14 +6,14 @@ version for the other. `.ci/run accelerators` installs them where it can.
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from harness import PATIENCE, ROOT, environment
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
 COMPILERS = {"tpu": ("libtpu", "libtpu"), "h100": ("jax_cuda12_plugin", "jax-cuda12-plugin")}
 
 
@@ -29,8 +29,13 @@ def programs(request):
         [sys.executable, script, request.param, "--cells", "stack"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-        timeout=300,
+        # All of the compiler's passes, and a program that it makes now.
+        env=environment(
+            XLA_FLAGS="",
+            JAX_DISABLE_MOST_OPTIMIZATIONS=None,
+            JAX_ENABLE_COMPILATION_CACHE="false",
+        ),
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

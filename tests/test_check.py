@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from harness import grid
 from jax import lax
 
 from jaxbptt import Recorder, check_step
@@ -44,7 +45,7 @@ def without_x64():
 # ------------------------------------------------------------------ good steps
 
 
-@pytest.mark.parametrize("name", ["tanh_rnn", "lstm", "no_params"])
+@pytest.mark.parametrize("name", grid(["tanh_rnn", "lstm", "no_params"], always=["no_params"]))
 def test_a_good_step_gives_no_finding(name):
     case = zoo.ZOO[name](jnp.float32)
     report = check_step(case.step, case.params, case.carry, case.xs(3), window=2)
@@ -72,6 +73,7 @@ def test_integer_key_complex_and_missing_leaves_give_no_finding():
     assert report.compared == 3 * 2 * 3  # z of params and of carry, x
 
 
+@pytest.mark.exhaustive
 def test_an_lstm_with_a_bfloat16_carry_gives_no_finding():
     case = zoo.ZOO["lstm"](jnp.float32)
     narrow, wide = jnp.bfloat16, jnp.float32
@@ -95,7 +97,7 @@ def test_a_cast_to_bfloat16_in_between_is_allowed_for():
     assert report.precision == "bfloat16"
 
 
-@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize("weights", grid(["stored", "current"], always=["current"]))
 def test_aux_and_windows_longer_than_the_run(weights):
     def step(params, carry, x):
         carry, y = rnn(params, carry, x)
@@ -137,7 +139,7 @@ def doubled(v):
 doubled.defvjp(lambda v: (jnp.sin(v), v), lambda v, ct: (2 * ct * jnp.cos(v),))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("dtype", grid([jnp.float64, jnp.float32], always=[jnp.float64]))
 def test_a_wrong_custom_vjp_is_named_with_leaf_lag_and_both_numbers(dtype):
     args = jax.tree.map(lambda v: v.astype(dtype), (PARAMS, CARRY, XS))
     report = check_step(lambda *a: rnn(*a, through=doubled), *args, window=3)
@@ -230,18 +232,18 @@ def test_a_stop_gradient_on_one_of_two_ways_is_named():
     assert "Check stop_gradient, which cuts a part of it." in report.findings[0].sentence
 
 
-@pytest.mark.parametrize(
-    ("flat", "name"),
-    [
-        (lambda v: jnp.round(8 * v) / 8, "round"),
-        (lambda v: (8 * v).astype(jnp.int32).astype(v.dtype) / 8, "a cast to int32"),
-        (lambda v: (v > 0.05).astype(v.dtype), "gt"),
-        (lambda v: jax.nn.one_hot(jnp.argmax(v), 2, dtype=v.dtype), "argmax"),
-        (lambda v: lax.scan(lambda c, _: (jnp.floor(c), None), v, length=2)[0], "floor"),
-    ],
-)
-def test_a_carry_that_passes_what_is_piecewise_constant_is_named(flat, name):
-    report = check_step(lambda *a: rnn(*a, on_carry=flat), PARAMS, CARRY, XS, window=2)
+FLAT = {
+    "round": lambda v: jnp.round(8 * v) / 8,
+    "a cast to int32": lambda v: (8 * v).astype(jnp.int32).astype(v.dtype) / 8,
+    "gt": lambda v: (v > 0.05).astype(v.dtype),
+    "argmax": lambda v: jax.nn.one_hot(jnp.argmax(v), 2, dtype=v.dtype),
+    "floor": lambda v: lax.scan(lambda c, _: (jnp.floor(c), None), v, length=2)[0],
+}
+
+
+@pytest.mark.parametrize("name", grid(FLAT, always=["a cast to int32", "floor"]))
+def test_a_carry_that_passes_what_is_piecewise_constant_is_named(name):
+    report = check_step(lambda *a: rnn(*a, on_carry=FLAT[name]), PARAMS, CARRY, XS, window=2)
     finding = only(report)
     assert (finding.kind, finding.path, finding.lag) == ("flat", "carry['h']", 0)
     assert f"From lag 0 on, carry['h'] reaches the outputs only through {name}:" in finding.sentence
@@ -362,6 +364,7 @@ def test_with_float32_as_the_default_the_reference_is_float64_all_the_same():
         assert jnp.zeros(1).dtype == jnp.float32
 
 
+@pytest.mark.exhaustive
 def test_random_numbers_that_differ_in_float64_are_noticed():
     def step(params, carry, x):
         carry, y = rnn(params, carry, x["v"])
@@ -400,7 +403,10 @@ def test_a_report_is_readable_and_raises_on_demand():
     assert re.fullmatch(r"gradient +params\['u'\] +0 +-?[\d.e-]+ +-?[\d.e-]+", lines[2])
     assert sum(line.startswith("* ") for line in lines) == 2  # one for each leaf
     assert lines[-1] == "36 directional derivatives compared in float64."
-    with pytest.raises(ValueError, match=r"(?s)6 findings.*rule of doubled"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)6 findings.*rule of doubled",
+    ):
         report.raise_if_bad()
     assert check_step(rnn, PARAMS, CARRY, XS, window=1).raise_if_bad() is None
 
@@ -422,7 +428,10 @@ def test_a_report_is_readable_and_raises_on_demand():
 )
 def test_arguments_that_cannot_be_are_refused(change, error, match):
     given = {"step": rnn, "params": PARAMS, "carry": CARRY, "xs": XS, "window": 2} | change
-    with pytest.raises(error, match=match):
+    with pytest.raises(
+        error,
+        match=match,
+    ):
         check_step(**given)
 
 
@@ -430,5 +439,8 @@ def test_traced_arguments_are_refused():
     def inside(params):
         check_step(rnn, params, CARRY, XS, window=2)
 
-    with pytest.raises(ValueError, match="call it outside jit"):
+    with pytest.raises(
+        ValueError,
+        match="call it outside jit",
+    ):
         jax.jit(inside)(PARAMS)

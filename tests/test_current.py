@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from harness import grid
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -365,17 +366,31 @@ def test_nothing_without_a_batch_axis_is_on_the_ring(name):
     assert without_batch("stored") != []
 
 
-@pytest.mark.parametrize("name", ["slices_of_a_fused_cell", *list(CELLS)[5:]])
+# That the ring holds no parameters is looked at in shapes above, of all cells; here in values.
+SAMPLE = [
+    "slices_of_a_fused_cell",
+    "checkpoint_that_saves_a_name",
+    "scan_that_carries_a_product_of_parameters",
+    "activations_in_a_cond_on_the_parameters",
+    "a_loop_over_the_parameters",
+    "a_mask_from_a_key_in_the_parameters",
+    "closed_over_and_cast",
+]
+
+
+@pytest.mark.parametrize("name", grid(["slices_of_a_fused_cell", *list(CELLS)[5:]], always=SAMPLE))
 def test_every_leaf_of_the_ring_depends_on_carry_or_x(name):
     """Two steps with the same parameters and another carry and x: no slot is the same."""
     step, params, carry = CELLS[name]()
     recorder = jaxbptt.record(step, window=WINDOW, weights="current")
     call = jax.jit(recorder)
-    tape = recorder.init(params, carry, inputs(1)[0])
+    tape = jax.jit(recorder.init)(params, carry, inputs(1)[0])
     empty = [np.asarray(v) for v in jax.tree.leaves(tape) if v.shape[:1] == (WINDOW,)]
     for x in inputs(2):
         tape, _ = call(params, tape, x)
-        tape = tape.replace(carry=jax.tree.map(lambda v: -0.7 * v + 0.1, tape.carry))
+        tape = tape.replace(
+            carry=jax.tree.map(lambda v: jnp.asarray(-0.7 * np.asarray(v) + 0.1), tape.carry)
+        )
     ring = [np.asarray(v) for v in jax.tree.leaves(tape) if v.shape[:1] == (WINDOW,)]
     pairs = []
     for leaf, was in zip(ring, empty, strict=True):
@@ -405,7 +420,7 @@ def tanh_pullback(wh, hs, xs, lam, ct_y):
 
 def recorded(step, thetas, xs, weights):
     recorder = jaxbptt.record(step, window=3, weights=weights)
-    tape, carries = recorder.init(thetas[0], STATE, xs[0]), [STATE]
+    tape, carries = jax.jit(recorder.init)(thetas[0], STATE, xs[0]), [STATE]
     call = jax.jit(recorder)
     for theta, x in zip(thetas, xs, strict=True):
         tape, _ = call(theta, tape, x)
@@ -429,10 +444,11 @@ def test_pullback_derives_from_the_callers_parameters():
     xs, new = inputs(4), weights_of(30)
     thetas = oracles.drifting(weights_of(), 4)
     recorder, tape, hs = recorded(normalised_step, thetas, xs, "current")
-    got = recorder.pullback(new, tape, jnp.ones(1))
-    unit, back = jax.vjp(normalised, new["wh"])
+    got = jax.jit(recorder.pullback)(new, tape, np.ones(1))
+    unit = jax.jit(normalised)(new["wh"])
     want, last = tanh_pullback(np.asarray(unit), hs[1:], np.asarray(xs[1:]), 0.0, 1.0)
-    want["wh"] = back(jnp.asarray(want["wh"]))[0]
+    back = jax.jit(lambda w, ct: jax.vjp(normalised, w)[1](ct)[0])
+    want["wh"] = back(new["wh"], want["wh"])
     oracles.check("current, derived", (got.params, got.carry), (want, last), 1e-12)
 
 
@@ -440,8 +456,8 @@ def test_the_loop_takes_the_parameters_of_the_present_step():
     xs, thetas = inputs(4), oracles.drifting(weights_of(), 4)
     step = CELLS["verbatim"]().step
     recorder, tape, hs = recorded(step, thetas[:3], xs[:3], "current")
-    got = jax.grad(lambda p: recorder(p, tape, xs[3])[1])(thetas[3])
-    hs.append(np.asarray(step(thetas[3], hs[-1], xs[3])[0]))
+    got = jax.jit(jax.grad(lambda p, tape: recorder(p, tape, xs[3])[1]))(thetas[3], tape)
+    hs.append(np.asarray(jax.jit(step)(thetas[3], hs[-1], xs[3])[0]))
     want, _ = tanh_pullback(np.asarray(thetas[3]["wh"]), hs[1:], np.asarray(xs[1:]), 0.0, 1.0)
     oracles.check("current, in the loop", got, want, 1e-12)
 
@@ -449,11 +465,11 @@ def test_the_loop_takes_the_parameters_of_the_present_step():
 def test_stored_ignores_the_values_of_the_callers_parameters():
     xs, thetas = inputs(4), oracles.drifting(weights_of(), 4)
     recorder, tape, _ = recorded(CELLS["verbatim"]().step, thetas, xs, "stored")
-    same = recorder.pullback(thetas[-1], tape, jnp.ones(1))
-    got = recorder.pullback(weights_of(30), tape, jnp.ones(1))
+    pull = jax.jit(recorder.pullback)
+    same, got = (pull(theta, tape, np.ones(1)) for theta in (thetas[-1], weights_of(30)))
     oracles.check("stored, other parameters", got.params, same.params, 0.0)
     current, other, _ = recorded(CELLS["verbatim"]().step, thetas, xs, "current")
-    moved = current.pullback(thetas[-1], other, jnp.ones(1))
+    moved = jax.jit(current.pullback)(thetas[-1], other, np.ones(1))
     assert oracles.relative_error(moved.params, same.params) > 1e-3
 
 

@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ import numpy as np
 import one_process
 import oracles
 import pytest
+from harness import PATIENCE, grid
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -142,27 +145,43 @@ def ran(run, mesh, specs=BY_BATCH, args=ARGS):
         return compiled(*args), compiled.as_text()
 
 
+@functools.cache
+def on_one_device(weights):
+    """What the loop gives of all the batch on one device."""
+    return jax.device_get(jax.jit(functools.partial(online, weights=weights))(*ARGS))
+
+
 # ------------------------------------------------------------- the batch laid over devices
 
+LOOPS = list(itertools.product(WEIGHTS, KINDS))
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", WEIGHTS)
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("weights", "kind"),
+    grid(LOOPS, always=[("stored", "Auto"), ("current", "Explicit")]),
+)
 def test_a_batch_over_devices_reduces_each_weight_once_an_update_and_no_more(weights, kind):
     run = jax.jit(functools.partial(online, weights=weights))
     got, text = ran(run, mesh_of(kind, data=8))
-    oracles.check("a batch over devices", jax.device_get(got), run(*ARGS), 1e-12)
+    oracles.check("a batch over devices", jax.device_get(got), on_one_device(weights), 1e-12)
     assert not whole_batches(text)
     loops = {c.trips for c in hlo.collectives(text)}
     assert loops == {(T,)}, "in the loop over the updates, and in no loop inside"
     assert reduced(text, depth=1) == nbytes(PARAMS) + 8  # and the loss
 
 
-@pytest.mark.parametrize(
-    ("step", "settings"),
-    [(with_head, {"weights": "current"}), (with_loss, {"weights": "stored", "every": 3})],
-    ids=["head", "loss"],
-)
-def test_with_a_head_in_the_step_the_newest_step_is_reduced_apart(step, settings):
+HEADS = {
+    "head": (with_head, {"weights": "current"}),
+    "loss": (with_loss, {"weights": "stored", "every": 3}),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", HEADS)
+def test_with_a_head_in_the_step_the_newest_step_is_reduced_apart(name):
+    step, settings = HEADS[name]
     # Two programs then pull back the window, one with the head and one without.
     run = jax.jit(functools.partial(online, step=step, **settings))
     got, text = ran(run, mesh_of(data=8))
@@ -173,6 +192,8 @@ def test_with_a_head_in_the_step_the_newest_step_is_reduced_apart(step, settings
     assert reduced(text, depth=2) == 0
 
 
+@pytest.mark.exhaustive
+@pytest.mark.compiled
 def test_another_layout_of_the_ring_is_seen():
     # What the test before last reads from the program does change where the ring lies otherwise.
     mesh = mesh_of(data=8)
@@ -187,8 +208,11 @@ def test_another_layout_of_the_ring_is_seen():
     assert "all-gather" in {c.kind for c in hlo.collectives(text)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("window", [WINDOW, None])
+SCANS = list(itertools.product([WINDOW, None], KINDS))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("window", "kind"), grid(SCANS, always=[(WINDOW, "Explicit")]))
 def test_scan_over_devices_reduces_each_weight_once_for_the_whole_run(window, kind):
     run = jax.jit(functools.partial(by_scan, window=window))
     got, text = ran(run, mesh_of(kind, data=8))
@@ -204,13 +228,14 @@ BY_COLUMNS = {"wx": P(None, "model"), "wh": P(None, "model"), "b": P("model")}
 BY_COLUMNS |= {"wy": P("model", None)}
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.compiled
+@pytest.mark.parametrize("weights", grid(WEIGHTS, always=["replayed"]))
 def test_hidden_units_over_devices(weights):
     data, model = 2, 4
     run = jax.jit(functools.partial(online, weights=weights))
     specs = BY_COLUMNS, P("data", "model"), *BY_BATCH[2:]
     got, text = ran(run, mesh_of(data=data, model=model), specs)
-    oracles.check("hidden units over devices", got, run(*ARGS), 1e-12)
+    oracles.check("hidden units over devices", got, on_one_device(weights), 1e-12)
     assert not whole_batches(text)
     found = hlo.collectives(text)
     assert {c.kind for c in found} <= {"all-reduce", "all-gather"}
@@ -264,7 +289,7 @@ def rows_mean_of_all(h):
     return lax.pmean(rows_mean(h), "data")
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", grid(WEIGHTS, always=["replayed"]))
 def test_shard_map_of_a_loop_whose_step_reduces(weights):
     run = functools.partial(online, weights=weights)
     want = jax.jit(functools.partial(run, step=centred(rows_mean)))(*ARGS)
@@ -273,7 +298,7 @@ def test_shard_map_of_a_loop_whose_step_reduces(weights):
     oracles.check("a step that reduces, in shard_map", got, want, 1e-12)
 
 
-@pytest.mark.parametrize("window", [WINDOW, None])
+@pytest.mark.parametrize("window", grid([WINDOW, None], always=[WINDOW]))
 def test_shard_map_of_a_scan_whose_step_reduces(window):
     run = functools.partial(by_scan, window=window)
     want = jax.jit(functools.partial(run, step=centred(rows_mean)))(*ARGS)
@@ -282,14 +307,16 @@ def test_shard_map_of_a_scan_whose_step_reduces(window):
     oracles.check("scan of a step that reduces, in shard_map", got, want, 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("step", "weights"), [*((cell, w) for w in WEIGHTS), (with_head, "current")]
-)
+SUMMED = [*((cell, w) for w in WEIGHTS), (with_head, "current")]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("step", "weights"), grid(SUMMED, always=[(with_head, "current")]))
 def test_shard_map_reduces_outside_the_loop_over_the_lags_whatever_the_sizes(step, weights):
     # With this batch a product is smaller than its operands, and summed inside the loop.
     params, carry, xs, targets = ARGS
-    args = params, *(jnp.concatenate([v] * 64, axis) for v, axis in ((carry, 0), (xs, 1)))
-    args = *args, jnp.concatenate([targets] * 64, 1)
+    args = params, *(np.concatenate([v] * 64, axis) for v, axis in ((carry, 0), (xs, 1)))
+    args = *args, np.concatenate([targets] * 64, 1)
     run = mapped(
         functools.partial(online, step=step, weights=weights, mean=mean_of_all),
         (P(), P(), P("data"), P()),
@@ -299,6 +326,7 @@ def test_shard_map_reduces_outside_the_loop_over_the_lags_whatever_the_sizes(ste
     assert reduced(text, depth=2) == 0
 
 
+@pytest.mark.compiled
 def test_shard_map_reduces_once_what_the_caller_reduces():
     # A head in the step has its window pulled back in two parts; these are added before.
     def once(tree):
@@ -322,6 +350,21 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def all_said(running):
+    """What each of some processes printed; when one fails, the others wait for it no longer."""
+    with ThreadPoolExecutor(len(running)) as pool:
+        ends = [pool.submit(process.communicate, timeout=PATIENCE) for process in running]
+        try:
+            for end in as_completed(ends):
+                end.result()
+                if any(process.returncode for process in running):
+                    break
+        finally:
+            for process in running:
+                process.kill()
+    return [end.result() for end in ends]
+
+
 def trained_in(tmp_path, processes, devices):
     """What `one_process.py` writes, run by so many processes that have so many devices each."""
     out, port = tmp_path / f"{processes}.npz", str(free_port())
@@ -340,17 +383,22 @@ def trained_in(tmp_path, processes, devices):
         )
         for i in range(processes)
     ]
-    try:
-        said = [process.communicate(timeout=240) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    said = all_said(running)
     assert not any(process.returncode for process in running), said
     assert all(f"{processes} processes, {processes * devices} devices" in o for o, _ in said)
     with np.load(out) as found:
         return dict(found)
 
 
+def test_when_a_process_fails_the_others_end():
+    codes = "import threading; threading.Event().wait()", "raise SystemExit(3)"
+    running = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    assert len(all_said(running)) == 2
+    assert running[0].returncode != 0
+    assert running[1].returncode == 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
 def test_processes_train_as_one_does(processes, devices, tmp_path):
     got = trained_in(tmp_path, processes, devices)
@@ -364,6 +412,7 @@ def test_processes_train_as_one_does(processes, devices, tmp_path):
 # -------------------------------------------------------------------------- a pod
 
 
+@pytest.mark.slow
 def test_a_pod_of_tpus_reduces_once_an_update_and_sends_one_step_at_each_lag():
     pytest.importorskip("libtpu", reason="needs libtpu, which compiles for a TPU that is not there")
     sizes = "--topology v5e:4x4 --layouts 16x1 8x2 --windows 4 --hidden 512 --batch 64".split()
@@ -373,7 +422,7 @@ def test_a_pod_of_tpus_reduces_once_an_update_and_sends_one_step_at_each_lag():
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "each" in line]

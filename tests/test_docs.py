@@ -1,42 +1,39 @@
 """The documentation holds: its code runs, and its picture says what is so."""
 
 import importlib
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
+import jax
 import pytest
+from harness import ROOT, not_there, run_python
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 EXTRAS = {"flax": "flax", "optax": "optax", "orbax": "orbax.checkpoint", "matplotlib": "matplotlib"}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def blocks_of(page):
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@each_page
 def test_the_code_of_a_page_runs_in_order_as_a_reader_would_run_it(page, tmp_path):
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
+    blocks = blocks_of(page)
     program = tmp_path / "page.py"
     program.write_text("\n".join(blocks), encoding="utf-8")
     for name, package in EXTRAS.items():
         if any(name in block for block in blocks):
             pytest.importorskip(package)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", program],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ
-        | {
-            "PYTHONPATH": str(DOCS.parent),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        },
-        timeout=180,
-    )
+    done = run_python(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@each_page
+def test_the_code_of_a_page_takes_what_there_is(page):
+    assert not not_there("\n".join(blocks_of(page)))
 
 
 @pytest.fixture
@@ -49,9 +46,9 @@ def edges(monkeypatch):
 
 def test_the_edges_that_carry_gradient_are_those_that_the_windows_say(edges):
     within = {("ff", 0), ("ff", 1), *(("ss", lag) for lag in range(5))}  # 3 and 6 nodes
-    assert edges.live_edges(edges.two_recorders) == within | {("sf", 0)}
+    assert edges.live_edges(jax.jit(edges.two_recorders)) == within | {("sf", 0)}
     across = {("sf", 0), ("sf", 1), ("sf", 2), ("fs", 0), ("fs", 1)}
-    assert edges.live_edges(edges.one_recorder) == within | across
+    assert edges.live_edges(jax.jit(edges.one_recorder)) == within | across
 
 
 @pytest.mark.parametrize("name", ["edges", "idea"])
@@ -76,7 +73,7 @@ def test_the_drawing_of_the_rooms_is_true():
         r"^ +(\d) (.*?)(?=^ +\d |\Z)", drawing, re.MULTILINE | re.DOTALL
     ):
         floors |= dict.fromkeys(re.findall(r"(?<![\w])_\w+", rooms), int(floor))
-    modules = {path.stem: path for path in (DOCS.parent / "jaxbptt").glob("*.py")}
+    modules = {path.stem: path for path in (ROOT / "jaxbptt").glob("*.py")}
     assert floors.keys() == modules.keys()
     for name, path in modules.items():
         imported = re.findall(

@@ -1,10 +1,14 @@
 """Meshes whose axes are of type Explicit, where a sharding is part of an array's type."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from harness import grid
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from meshes import entered, laid, mesh_of
@@ -113,18 +117,35 @@ def mesh():
     return mesh_of("Explicit", data=4, model=2)
 
 
-@pytest.mark.parametrize("specs", [OVER_DATA, OVER_BOTH], ids=["data", "both"])
-@pytest.mark.parametrize("case", CASES)
-def test_it_gives_what_one_device_gives(case, specs):
+def jitted(case):
     function, settings = CASES[case]
+    return jax.jit(functools.partial(function, **settings))
 
-    def run(*args):
-        return function(*args, **settings)
 
+@functools.cache
+def on_one_device(case):
+    return jax.device_get(jitted(case)(*ARGS))
+
+
+LAYOUTS = {"data": OVER_DATA, "both": OVER_BOTH}
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    grid(
+        itertools.product(CASES, LAYOUTS),
+        always=[
+            *((case, "both") for case in ("stored", "replayed", "parts", "learner", "sliding")),
+            *((case, "both") for case in ("overlapping", "resets")),
+            *((case, "data") for case in ("current", "by lag")),
+        ],
+    ),
+)
+def test_it_gives_what_one_device_gives(case, layout):
     with entered(mesh()):
-        args = laid(mesh(), specs, ARGS)
-        got = jax.jit(run)(*args)
-    oracles.check("explicit axes", jax.device_get(got), jax.jit(run)(*ARGS), 1e-12)
+        args = laid(mesh(), LAYOUTS[layout], ARGS)
+        got = jitted(case)(*args)
+    oracles.check("explicit axes", jax.device_get(got), on_one_device(case), 1e-12)
     if case in {"stored", "learner", "sliding"}:  # params, and their gradients, where params are
         for new, old in zip(*map(jax.tree.leaves, (got[0], args[0])), strict=True):
             assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
@@ -146,7 +167,8 @@ def test_a_tape_that_lies_elsewhere_is_said():
         rec = jaxbptt.record(step, window=4)
         tape = rec.init(params, carry, jnp.zeros((BATCH, INPUTS)))
         with pytest.raises(
-            ValueError, match=r"was of sharding .* then and is of .* Call init with"
+            ValueError,
+            match=r"was of sharding .* then and is of .* Call init with",
         ):
             rec(params, tape, xs[0])
 
@@ -163,9 +185,9 @@ def recorded_on_the_mesh():
 def test_a_tape_goes_on_off_the_mesh():
     with entered(mesh()):
         rec, *recorded = recorded_on_the_mesh()
-        want = rec.pullback(*recorded)
+        want = jax.jit(rec.pullback)(*recorded)
     params, tape, ct_ys = jax.tree.map(jnp.asarray, jax.device_get(recorded))
-    got = rec.pullback(params, tape, ct_ys)
+    got = jax.jit(rec.pullback)(params, tape, ct_ys)
     for group in ("params", "carry", "xs"):
         off, on = getattr(got, group), jax.device_get(getattr(want, group))
         oracles.check("off the mesh", off, on, 1e-12)
@@ -173,14 +195,15 @@ def test_a_tape_goes_on_off_the_mesh():
     assert int(tape.length) == 4
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_of_a_mesh_is_restored_off_it(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     with entered(mesh()):
         rec, params, tape, ct_ys = recorded_on_the_mesh()
-        want = jax.device_get(rec.pullback(params, tape, ct_ys).params)
+        want = jax.device_get(jax.jit(rec.pullback)(params, tape, ct_ys).params)
         with jaxbptt.checkpoints(tmp_path / "saved", rec) as store:
             store.save(6, (params, tape))
     like = PARAMS, rec.init(PARAMS, CARRY, ARGS[2][0])
     (params, tape), _ = jaxbptt.checkpoints(tmp_path / "saved", rec).restore(like)
-    got = rec.pullback(params, tape, jax.device_get(ct_ys)).params
+    got = jax.jit(rec.pullback)(params, tape, jax.device_get(ct_ys)).params
     oracles.check("restored off the mesh", got, want, 1e-12)

@@ -1,5 +1,6 @@
 """Faults: each is one sentence at trace time, and the tape survives a refused call."""
 
+import functools
 import re
 import traceback
 from collections.abc import Callable
@@ -43,6 +44,11 @@ rec = jaxbptt.record(step, window=4)
 
 
 def recorded_tape(recorder=rec):
+    return after_two_steps(recorder)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def after_two_steps(recorder):
     tape = recorder.init(PARAMS, CARRY, X)
     for _ in range(2):
         tape, _ = recorder(PARAMS, tape, X)

@@ -1,6 +1,7 @@
 """flax's recurrent cells, linen and nnx, against the unrolled graph and against flax itself."""
 
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from harness import first, grid
 from jax import lax
 from oracles import check, drifting, moving, random_like, reach, refill
+from training import momentum
 
 import jaxbptt
 
@@ -28,12 +31,9 @@ B, D, H = 3, 6, 8  # so that contractions leave the loop; in a batch of 2 a norm
 
 @pytest.fixture(autouse=True)
 def settings():
-    # Half the time goes into compiling, and what XLA makes of a program is held elsewhere.
-    jax.config.update("jax_disable_most_optimizations", True)
     # Under strict promotion flax's own code refuses float64 in batch statistics.
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Case(NamedTuple):
@@ -99,9 +99,14 @@ def call(module, carry, x):
     return module(carry, x)
 
 
+def compiled_module(make, seed=1):
+    """The module that `make` makes, with other parameters; one program makes it."""
+    return nnx.jit(lambda: filled(make(), seed))()
+
+
 def nnx_cell(make):
-    cell = make(D, H, param_dtype=float, rngs=nnx.Rngs(0))
-    carry = cell.initialize_carry((B, D), nnx.Rngs(1))
+    cell = compiled_module(lambda: make(D, H, param_dtype=float, rngs=nnx.Rngs(0)))
+    carry = jax.eval_shape(lambda: cell.initialize_carry((B, D), nnx.Rngs(1)))
     return stateless(cell, call, cell, carry, draw(99, LENGTH, B, D))
 
 
@@ -164,7 +169,7 @@ class NnxStack(nnx.Module):
 
 @case("nnx stack of 3")
 def nnx_stack():
-    stack = NnxStack(nnx.Rngs(0))
+    stack = compiled_module(lambda: NnxStack(nnx.Rngs(0)))
     return stateless(stack, call, stack, three_carries(), draw(99, LENGTH, B, D))
 
 
@@ -276,10 +281,15 @@ class NnxCell(nnx.Module):
 
 
 def nnx_module(**what):
-    module = NnxCell(nnx.Rngs(0, dropout=5), **what)
-    _, params, rest = nnx.split(module, nnx.Param, ...)
-    nnx.update(module, filled(params, 1), raised(rest))
-    return module
+
+    @nnx.jit
+    def make():
+        module = NnxCell(nnx.Rngs(0, dropout=5), **what)
+        _, params, rest = nnx.split(module, nnx.Param, ...)
+        nnx.update(module, filled(params, 1), raised(rest))
+        return module
+
+    return make()
 
 
 def nnx_with_state(**what):
@@ -313,10 +323,6 @@ def inner(cts, trees):
     return sum((jnp.sum(ct * v) for ct, v in pairs), 0.0)
 
 
-def first(xs):
-    return jax.tree.map(lambda v: v[0], xs)
-
-
 def as_a_user(this, thetas, cts, **how):
     """The README's form: a gradient in the body of a compiled `lax.scan`, at every step."""
     rec = jaxbptt.record(this.step, **how)
@@ -331,9 +337,11 @@ def as_a_user(this, thetas, cts, **how):
         (_, (tape, y)), grads = jax.value_and_grad(loss_fn, has_aux=True)(theta)
         return tape, (grads, y)
 
-    run = jax.jit(lambda tape, thetas, xs: lax.scan(one, tape, (thetas, xs)))
-    tape = rec.init(this.params, this.carry, first(this.xs))
-    tape, (grads, ys) = run(tape, oracles.stack(thetas), this.xs)
+    @jax.jit
+    def run(params, carry, thetas, xs):
+        return lax.scan(one, rec.init(params, carry, first(xs)), (thetas, xs))
+
+    tape, (grads, ys) = run(this.params, this.carry, oracles.stack(thetas), this.xs)
     return tape.carry, oracles.unstack(ys, LENGTH), oracles.unstack(grads, LENGTH)
 
 
@@ -347,8 +355,36 @@ def again(run, start, theta):
     return oracles.Run(run.step, [theta] * LENGTH, carry, xs, LENGTH)
 
 
-@pytest.mark.parametrize("how", ["stored", "current", "replayed", "scan", "learner"])
-@pytest.mark.parametrize("name", CASES)
+HOWS = ["stored", "current", "replayed", "scan", "learner"]
+# Each cell one way and each way several cells, among them some with state, which an adapter
+# carries along.
+CHOSEN = {
+    "linen SimpleCell": ["stored"],
+    "linen GRUCell": ["current"],
+    "linen MGUCell": ["replayed"],
+    "linen LSTMCell": ["scan"],
+    "linen OptimizedLSTMCell": ["learner"],
+    "linen ConvLSTMCell": ["stored"],
+    "linen stack of 3": ["current"],
+    "linen, Dropout": ["replayed"],
+    "linen, BatchNorm and another collection": ["current"],
+    "nnx SimpleCell": ["replayed"],
+    "nnx GRUCell": ["learner"],
+    "nnx LSTMCell": ["stored"],
+    "nnx OptimizedLSTMCell": ["current"],
+    "nnx stack of 3": ["scan"],
+    "nnx, Dropout": ["learner"],
+    "nnx, BatchNorm and another variable": ["replayed", "scan"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    grid(
+        itertools.product(CASES, HOWS),
+        always=[(name, how) for name, hows in CHOSEN.items() for how in hows],
+    ),
+)
 def test_exact(name, how):
     hold = {"scan": hold_scan, "learner": hold_learner}.get(how, hold_recorder)
     hold(CASES[name](), how, f"flax | {name} | {how}")
@@ -410,20 +446,33 @@ class Descent(NamedTuple):
 def hold_learner(this, _, label):
     ct_y = random_like(this.run(this.params).trajectory[1][0], 1)
     learner = jaxbptt.learner(this.step, lambda y, x: inner(ct_y, y), Descent(), window=WINDOW)
-    state, update = learner.init(this.params, this.carry, first(this.xs)), jax.jit(learner.update)
-    states = [state]
-    for x in oracles.unstack(this.xs, LENGTH):
-        states.append(update(states[-1], x)[0])
-    run = this.run([state.params for state in states[:-1]])
+
+    @jax.jit
+    def go(params, carry, xs):
+        def one(state, x):
+            state, _ = learner.update(state, x)
+            return state, (state.params, state.opt_state)
+
+        return lax.scan(one, learner.init(params, carry, first(xs)), xs)[1]
+
+    params, grads = (oracles.unstack(each, LENGTH) for each in go(this.params, this.carry, this.xs))
+    thetas = [this.params, *params]
+    run = this.run(thetas[:-1])
     for t in range(1, LENGTH + 1):
         want = run.unrolled(t, reach(t, WINDOW), [ct_y]).params
-        check(label, states[t].opt_state, want, 1e-12)
-        before = map(np.asarray, moving(states[t - 1].params))
+        check(label, grads[t - 1], want, 1e-12)
+        before = map(np.asarray, moving(thetas[t - 1]))
         moved = [v - 0.1 * g for v, g in zip(before, want, strict=True)]
-        check(label, states[t].params, moved, 1e-12)
+        check(label, thetas[t], moved, 1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "another" in name])
+@pytest.mark.parametrize(
+    "name",
+    grid(
+        [name for name in CASES if "another" in name],
+        always=["nnx, BatchNorm and another variable"],
+    ),
+)
 def test_a_window_for_the_state_alone(name):
     this = CASES[name]()
     run = this.run([this.params] * LENGTH)
@@ -465,7 +514,11 @@ def flax_rnn(name):
 
 # nn.RNN gives Dropout keys of another rule than from_linen.
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if "Dropout" not in name or name.startswith("nnx")]
+    "name",
+    grid(
+        [name for name in CASES if name != "linen, Dropout"],
+        always=["linen, BatchNorm and another collection", "nnx GRUCell", "nnx, Dropout"],
+    ),
 )
 def test_nothing_cut_is_the_gradient_through_the_rnn_of_flax(name):
     this, theirs = CASES[name](), flax_rnn(name)
@@ -530,7 +583,7 @@ def test_an_nnx_module_ends_as_the_module_that_was_called_step_by_step():
 
 
 def test_an_nnx_module_that_a_scan_closes_over():
-    model = nnx.GRUCell(D, H, param_dtype=float, rngs=nnx.Rngs(0))
+    model = compiled_module(lambda: nnx.GRUCell(D, H, param_dtype=float, rngs=nnx.Rngs(0)))
     xs, init = draw(0, 6, B, D), draw(1, B, H)
 
     def chunks(f, init, xs):
@@ -541,9 +594,10 @@ def test_an_nnx_module_that_a_scan_closes_over():
         return init, jnp.concatenate(parts)
 
     def grad(scan):
-        return nnx.grad(lambda model: jnp.sum(scan(lambda c, x: model(c, x), init, xs)[1] ** 2))(
-            model
-        )
+        def total(model):
+            return jnp.sum(scan(lambda c, x: model(c, x), init, xs)[1] ** 2)
+
+        return nnx.jit(nnx.grad(total))(model)
 
     for theirs, how in ((lax.scan, {"window": None}), (chunks, {"window": 3, "every": 3})):
         got, want = grad(functools.partial(jaxbptt.scan, **how)), grad(theirs)
@@ -611,13 +665,24 @@ def test_params_that_wrt_leaves_out_are_constants():
     check("flax, wrt", moving(grad(step, params)), want, 1e-12)
 
 
-def test_without_the_adapter_a_module_forgets_what_it_drew():
-    module, x = nnx_module(dropout=True), draw(99, B, D)
-    rec = jaxbptt.record(call, window=2)
-    tape = rec.init(module, draw(50, B, H), x)
-    new, _ = rec(module, tape, x)
-    again, _ = rec(module, new.replace(carry=tape.carry), x)
-    assert jnp.array_equal(new.carry, again.carry)
+@pytest.mark.parametrize(("has", "where"), [("dropout", "rngs.count"), ("norm", "mean")])
+def test_without_the_adapter_a_module_would_forget_what_it_drew_or_measured(has, where):
+    module, x = nnx_module(**{has: True}), draw(99, B, D)
+    said = rf"^step must leave params as they are, but it changed params.*{where}.* from_nnx or"
+    with pytest.raises(TypeError, match=said):
+        jaxbptt.record(call, window=2).init(module, draw(50, B, H), x)
+    learner = jaxbptt.learner(call, lambda y, x: jnp.mean(y), momentum(), window=2)
+    with pytest.raises(TypeError, match=said):
+        learner.init(module, draw(50, B, H), x)
+
+
+def test_linen_variables_that_lack_parameters():
+    step, params, state = jaxbptt.from_linen(nn.GRUCell(H, param_dtype=float), {})
+    said = (
+        r"^variables must be what GRUCell.init returned, but of nothing flax says: .* Pass module"
+    )
+    with pytest.raises(ValueError, match=said):
+        jaxbptt.record(step, window=2).init(params, (draw(50, B, H), state), draw(99, B, D))
 
 
 def test_arguments_of_the_module_are_passed_on():

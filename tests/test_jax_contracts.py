@@ -81,7 +81,10 @@ def test_a_vjp_closure_cannot_be_carried_through_scan():
     def body(pull, _):
         return jax.vjp(cell, W, X)[1], None
 
-    with pytest.raises(TypeError, match="carry"):
+    with pytest.raises(
+        TypeError,
+        match="carry",
+    ):
         lax.scan(body, jax.vjp(cell, W, X)[1], length=2)
 
 
@@ -454,7 +457,10 @@ def test_the_forward_rule_of_custom_vjp_is_not_traced_without_a_derivative():
 
     function.defvjp(refuse, lambda _, ct: (ct,))
     np.testing.assert_allclose(jax.jit(function)(X), X)
-    with pytest.raises(TypeError, match="differentiated"):
+    with pytest.raises(
+        TypeError,
+        match="differentiated",
+    ):
         jax.grad(lambda x: function(x).sum())(X)
 
 
@@ -475,7 +481,10 @@ def test_custom_vjp_hands_materialised_zeros_for_an_unused_output():
 
 
 def test_forward_mode_through_custom_vjp_is_refused_by_jax():
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(
+        TypeError,
+        match="forward-mode",
+    ):
         jax.jvp(vjp_spike, (X,), (X,))
 
 
@@ -518,7 +527,10 @@ def test_a_key_has_an_extended_dtype_and_a_number_has_not():
 
 def test_asarray_refuses_what_is_no_array_with_a_type_error():
     for thing in ("text", object()):
-        with pytest.raises(TypeError, match=r"JAX|dtype"):
+        with pytest.raises(
+            TypeError,
+            match=r"JAX|dtype",
+        ):
             jnp.asarray(thing)
 
 
@@ -611,7 +623,10 @@ def test_static_fields_are_compared_by_value_in_a_scan_carry():
 
     last, _ = lax.scan(body, Box(X, ("window", 3)), length=2)
     np.testing.assert_allclose(last.value, X + 2)
-    with pytest.raises(TypeError, match="carry"):
+    with pytest.raises(
+        TypeError,
+        match="carry",
+    ):
         lax.scan(body, Box(X, ("window", 4)), length=2)
 
 
@@ -637,7 +652,10 @@ def test_a_buffer_can_be_donated_only_once():
     # The reason why a tape's counters are separate arrays.
     shared = jnp.zeros((), jnp.int32)
     add = jax.jit(lambda pair: (pair[0] + 1, pair[1] + 2), donate_argnums=0)
-    with pytest.raises(Exception, match="donate"):  # the class is XLA's
+    with pytest.raises(
+        Exception,
+        match="donate",
+    ):  # the class is XLA's
         jax.block_until_ready(add((shared, shared)))
 
 
@@ -645,6 +663,7 @@ def write(ring, value, slot):
     return lax.dynamic_update_index_in_dim(ring, value, slot, 0)
 
 
+@pytest.mark.compiled
 def test_a_donated_ring_is_written_in_place():
     step = jax.jit(write, donate_argnums=0)
     compiled = step.lower(jnp.zeros((1000, 300), F32), jnp.ones(300, F32), 3).compile()
@@ -653,6 +672,7 @@ def test_a_donated_ring_is_written_in_place():
     assert memory.temp_size_in_bytes < 300 * 4 * 10
 
 
+@pytest.mark.compiled
 def test_a_ring_in_a_scan_is_written_and_read_without_a_copy():
     def body(state, slot):
         ring, total = state

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from harness import first, grid, moving_only, one_row
+from jax import lax
 from oracles import check, drifting, moving, random_like, reach
-from test_parts import CARRY, PARAMS, XS
-from test_parts import step as two_parts
+from two_parts import CARRY, PARAMS, XS
+from two_parts import step as two_parts
 from zoo import ZOO
 
 import jaxbptt
@@ -19,17 +21,18 @@ LENGTH = 6
 
 
 def recorded(rec, thetas, carry, xs, t):
-    tape = rec.init(thetas[0], carry, jax.tree.map(lambda v: v[0], xs))
-    go = jax.jit(rec)
-    for s in range(t):
-        tape, _ = go(thetas[s], tape, jax.tree.map(lambda v, s=s: v[s], xs))
-    return tape
+    """The tape after t steps."""
 
+    @jax.jit
+    def go(thetas, carry, xs):
+        def one(tape, row):
+            return rec(row[0], tape, row[1])[0], None
 
-def with_axis(ct):
-    return jax.tree.map(
-        lambda v: (np if v.dtype == jax.dtypes.float0 else jnp).asarray(v)[None], ct
-    )
+        tape = rec.init(first(thetas), carry, first(xs))
+        return lax.scan(one, tape, (thetas, xs), length=t)[0]
+
+    rows = oracles.stack(oracles.unstack(xs, t))
+    return go(oracles.stack(thetas[:t]), carry, rows)
 
 
 def only_of(norms, tree):
@@ -40,9 +43,12 @@ def only_of(norms, tree):
 
 @pytest.mark.parametrize(
     ("name", "t"),
-    [(name, 2) for name in ("tanh_rnn", "tokens")]  # warming up
-    + [(name, 6) for name in ("lstm", "nested_dict", "tokens", "no_params", "no_y")]
-    + [("stacked_layers", 6)],
+    grid(
+        [(name, 2) for name in ("tanh_rnn", "tokens")]  # warming up
+        + [(name, 6) for name in ("lstm", "nested_dict", "tokens", "no_params", "no_y")]
+        + [("stacked_layers", 6), ("integer_leaves", 6)],
+        always=[("tokens", 2), ("no_params", 6), ("integer_leaves", 6)],
+    ),
 )
 def test_each_lag(name, t):
     case = ZOO[name](np.float64)
@@ -52,44 +58,62 @@ def test_each_lag(name, t):
     ct_y, ct_carry = random_like(ys[0], 1), random_like(carries[0], 2)
     rec = jaxbptt.record(case.step, window=4)
     tape = recorded(rec, thetas, case.carry, xs, t)
-    look = functools.partial(jaxbptt.gradient_by_lag, rec, thetas[-1], tape, with_axis(ct_y))
-    got, norms = (look(ct_carry, full=full) for full in (True, False))
+
+    @jax.jit
+    def look(theta, tape):
+        here = functools.partial(jaxbptt.gradient_by_lag, rec, theta, tape, one_row(ct_y))
+        of_all = rec.pullback(theta, tape, one_row(ct_y), ct_carry)
+        terms = here(ct_carry, full=True)
+        norms = terms.partial, here(ct_carry)
+        return moving(terms.params), moving(terms.carry), norms, moving_only(of_all)
+
+    *got, (partial, norms), ct = look(thetas[-1], tape)
+    got = [[np.asarray(v) for v in part] for part in (*got, only_of(partial, thetas[-1]))]
     params, lams = run.by_lag(t, reach(t, 4), [ct_y], ct_carry)
 
     for lag in range(4):
-        here = [jax.tree.map(lambda v, lag=lag: v[lag], moving(part)) for part in got]
+        here = [[v[lag] for v in part] for part in got]
         if lag < len(params):
             check("by lag, params", here[0], params[lag], 1e-12)
             check("by lag, carry", here[1], lams[lag], 1e-12)
         else:
             assert not any(np.any(v) for v in [*here[0], *here[1]])
+    template = thetas[-1], case.carry, thetas[-1]
+    for norm, leaf in zip(jax.tree.leaves(norms), jax.tree.leaves(template), strict=True):
+        assert norm.shape == (4,)
+        assert oracles.is_moving(leaf) or not np.any(norm)
+    norms = [only_of(part, tree) for part, tree in zip(norms, template, strict=True)]
     for norm, whole in zip(jax.tree.leaves(norms), jax.tree.leaves(got), strict=True):
-        if whole.dtype == jax.dtypes.float0:
-            assert norm.shape == (4,)
-            assert not np.any(norm)
-        else:
-            want = np.linalg.norm(np.asarray(whole).reshape(4, -1), axis=1)
-            np.testing.assert_allclose(norm, want, rtol=1e-13)
+        want = np.linalg.norm(whole.reshape(4, -1), axis=1)
+        np.testing.assert_allclose(norm, want, rtol=1e-13)
     for lag in range(4):
         shorter = run.unrolled(t, reach(t, lag + 1), [ct_y], ct_carry).params
-        for partial in (got.partial, norms.partial):
-            reached = [v[lag] for v in moving(only_of(partial, thetas[-1]))]
-            check("by lag, partial", reached, [np.linalg.norm(v) for v in shorter], 1e-12)
-    ct = rec.pullback(thetas[-1], tape, with_axis(ct_y), ct_carry)
-    check("by lag, summed", [v.sum(0) for v in moving(got.params)], moving(ct.params), 1e-14)
-    check("by lag, last", [v[min(t, 4) - 1] for v in moving(got.carry)], moving(ct.carry), 1e-14)
+        for partial in (got[2], norms[2]):
+            want = [np.linalg.norm(v) for v in shorter]
+            check("by lag, partial", [np.asarray(v)[lag] for v in partial], want, 1e-12)
+    check("by lag, summed", [v.sum(0) for v in got[0]], ct.params, 1e-14)
+    check("by lag, last", [v[min(t, 4) - 1] for v in got[1]], ct.carry, 1e-14)
 
 
-@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+@pytest.mark.parametrize(
+    "weights", grid(["stored", "current", "replayed"], always=["stored", "replayed"])
+)
 def test_windows_for_parts_and_several_outputs(weights):
     run = oracles.Run(two_parts, PARAMS, CARRY, XS, 8)
     rec = jaxbptt.record(two_parts, window={"fast": 2, "slow": 5}, every=3, weights=weights)
     tape = recorded(rec, run.thetas, CARRY, XS, 8)
     ct_ys = [random_like(run.trajectory[1][0], s) for s in range(3)]
-    got = jaxbptt.gradient_by_lag(rec, PARAMS, tape, jnp.stack(ct_ys), full=True)
+
+    @jax.jit
+    def look(params, tape, ct_ys):
+        got = jaxbptt.gradient_by_lag(rec, params, tape, ct_ys, full=True)
+        return [moving(part) for part in got]
+
+    found = look(PARAMS, tape, np.stack(ct_ys))
+    got = [[np.asarray(v) for v in part] for part in found]
     params, lams = run.by_lag(8, [reach(8, w, 3, 3) for w in (2, 5)], ct_ys)
     for lag in range(5):
-        here = [jax.tree.map(lambda v, lag=lag: v[lag], moving(part)) for part in got]
+        here = [[v[lag] for v in part] for part in got]
         check("by lag, parts", here[0], params[lag], 1e-12)
         check("by lag, parts, carry", here[1], lams[lag], 1e-12)
         sums = [np.sum(terms, axis=0) for terms in zip(*params[: lag + 1], strict=True)]
@@ -100,11 +124,16 @@ def test_partial_stays_where_one_output_of_several_reaches_no_further():
     rec = jaxbptt.record(two_parts, window=5, every=3)  # one output: 1 + (5 - 3) steps
     tape = recorded(rec, [PARAMS] * 8, CARRY, XS, 8)
     ct_ys = random_like(jax.eval_shape(two_parts, PARAMS, CARRY, XS[0])[1], 1)[None]
-    got = jaxbptt.gradient_by_lag(rec, PARAMS, tape, ct_ys)
-    grads = rec.pullback(PARAMS, tape, ct_ys).params
-    for name, norms in got.partial.items():
+
+    @jax.jit
+    def look(params, tape):
+        by_lag = jaxbptt.gradient_by_lag(rec, params, tape, ct_ys)
+        return by_lag.params, by_lag.partial, rec.pullback(params, tape, ct_ys).params
+
+    shares, partial, grads = jax.tree.map(np.asarray, look(PARAMS, tape))
+    for name, norms in partial.items():
         np.testing.assert_allclose(norms[2:], [np.linalg.norm(grads[name])] * 3, rtol=1e-13)
-        assert not np.any(got.params[name][3:])
+        assert not np.any(shares[name][3:])
 
 
 def test_partial_of_half_precision_is_added_up_in_float32():
@@ -114,10 +143,22 @@ def test_partial_of_half_precision_is_added_up_in_float32():
     one = jnp.ones((), jnp.bfloat16)
     rec = jaxbptt.record(step, window=4)
     xs = jnp.array([1, 1, 1, 256], jnp.bfloat16)  # 256 + 1 is 256 in bfloat16
-    tape = recorded(rec, [one] * 4, 0 * one, xs, 4)
+    tape = recorded(rec, [one] * 4, jnp.zeros((), jnp.bfloat16), xs, 4)
     got = jaxbptt.gradient_by_lag(rec, one, tape, one[None])
     assert got.partial.dtype == jnp.float32
     assert got.partial.tolist() == [256, 257, 258, 259]
+
+
+def test_norms_of_half_precision_are_taken_in_float32():
+    def step(w, c, x):
+        return c + w * x, c + w * x
+
+    w, x = jnp.ones(3, jnp.bfloat16), jnp.array([256, 1, 1], jnp.bfloat16)
+    rec = jaxbptt.record(step, window=1)
+    tape = recorded(rec, [w], jnp.zeros(3, jnp.bfloat16), x[None], 1)
+    got = jaxbptt.gradient_by_lag(rec, w, tape, w[None])
+    assert got.params.dtype == jnp.float32
+    np.testing.assert_allclose(got.params, [65538**0.5], rtol=1e-6)  # in bfloat16 it is 256
 
 
 def test_norms_can_be_averaged_over_time_whatever_the_leaves():
@@ -134,13 +175,13 @@ def test_norms_can_be_averaged_over_time_whatever_the_leaves():
         tape, _ = rec(params, tape, x)
         return tape, jaxbptt.gradient_by_lag(rec, params, tape, jnp.ones(1))
 
-    _, stacked = jax.jit(lambda tape: jax.lax.scan(visit, tape, jnp.arange(5.0)))(tape)
-    mean = jax.tree.map(lambda v: v.mean(0), stacked)
+    _, stacked = jax.jit(lambda tape: lax.scan(visit, tape, np.arange(5.0)))(tape)
+    mean = jax.tree.map(lambda v: np.asarray(v).mean(0), stacked)
     assert {leaf.shape for leaf in jax.tree.leaves(mean)} == {(3,)}
     assert not np.any(mean.params["which"])
     assert not np.any(mean.partial["which"])
     assert not np.any(mean.carry[1])
-    assert np.all(np.asarray(mean.carry[0]) > 0)
+    assert np.all(mean.carry[0] > 0)
 
 
 def test_dwhh_and_dhnext_of_a_hand_written_backward_pass():
@@ -168,6 +209,7 @@ def test_dwhh_and_dhnext_of_a_hand_written_backward_pass():
     np.testing.assert_allclose(got.carry, np.stack(d_hnext), rtol=1e-13)
 
 
+@pytest.mark.compiled
 def test_norms_hold_no_copies_of_the_parameters():
     case = ZOO["lstm"](np.float64)
     rec = jaxbptt.record(case.step, window=50, weights="current")  # none on the tape either

@@ -19,15 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from harness import PATIENCE, ROOT, environment, grid
 
-import jaxbptt
-from jaxbptt import _demo
+from jaxbptt import _demo, _demo_look
 from jaxbptt.__main__ import _keep, _say, main
 from jaxbptt._demo import Model, Run, Settings, tape_bytes, train
 from jaxbptt._demo_look import Seen, gradient_by_lag, held_out_bits
 from jaxbptt._demo_text import Text, UsageError, prepare
 
-ROOT = Path(jaxbptt.__file__).parents[1]
 PHRASE = "the cat sat on the mat, and "
 SMALL = ["--hidden", "16", "--batch", "4", "--window", "4", "--learning-rate", "0.02"]
 SETTINGS = Settings("gru", 5, 3, 4, 1, "stored", 6, 0.01, 0)
@@ -141,14 +140,30 @@ def test_baseline_is_the_same_model_with_window_1(kept, text):
     assert [list(point) for point in alone.curve] == baseline["curve"] != main_run["curve"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--cell", "rnn", "--every", "3", "--window", "5", "--weights", "stored"],
-        ["--cell", "lstm", "--every", "4", "--weights", "current"],
-    ],
-    ids=" ".join,
-)
+def test_baseline_has_a_gradient_at_every_step(text, tmp_path, monkeypatch):
+    planned = []
+
+    def untrained(model, symbols, settings, **options):
+        planned.append(settings)
+        if len(planned) == 2:
+            raise UsageError("that is all there is to see")
+
+    monkeypatch.setattr(_demo, "train", untrained)
+    monkeypatch.setattr(_demo_look, "look", lambda *arguments: None)
+    arguments = ["--text", str(text), *SMALL, "--every", "3", "--out", str(tmp_path)]
+    assert main(arguments) == 2
+    main_run, baseline = planned
+    assert (main_run.window, main_run.every) == (4, 3)
+    assert baseline == dataclasses.replace(main_run, window=1, every=1)
+
+
+OPTIONS = [
+    ["--cell", "rnn", "--every", "3", "--window", "5", "--weights", "stored"],
+    ["--cell", "lstm", "--every", "4", "--weights", "current"],
+]
+
+
+@pytest.mark.parametrize("options", grid(OPTIONS, always=OPTIONS[1:]), ids=" ".join)
 def test_options_run_and_learn(options, text, tmp_path):
     facts = run(text, tmp_path, "--seed", "3", "--steps", "150", *options)
     asked = dict(zip(options[::2], options[1::2], strict=True))
@@ -222,6 +237,61 @@ def test_trains_as_a_plain_loop_does():
     for name, leaf in params.items():
         np.testing.assert_allclose(got.params[name], leaf, rtol=1e-4, atol=1e-6)
     assert got.curve == [(6, pytest.approx(np.mean(bits), rel=1e-5))]
+
+
+def test_a_stream_goes_on_at_the_beginning_of_the_text():
+    got = np.array(list(_demo._stream(np.arange(7), 2, 2, 9)))  # from step 2 to before step 9
+    first, second = [2, 3, 4, 5, 6, 0, 1], [5, 6, 0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(got[:, 0].T, [first, second])
+    np.testing.assert_array_equal(got[:, 1].T, [[*first[1:], 2], [*second[1:], 5]])
+
+
+def test_the_loss_of_a_group_is_the_mean_of_its_steps():
+    logits = np.array([[0.5, -1.0, 2.0], [0.0, 0.25, -0.5]], np.float32)
+    target = np.array([1, 2], np.int32)
+    nats = np.mean(np.log(np.exp(logits).sum(1)) - logits[[0, 1], target])
+    online = _demo.online_learner(Model("rnn", 5, 3), dataclasses.replace(SETTINGS, every=4))
+    loss, aux = online.loss(jnp.asarray(logits), (jnp.zeros(2, jnp.int32), jnp.asarray(target)))
+    np.testing.assert_allclose([loss, aux], [nats / 4, nats], rtol=1e-6)
+
+
+def logistic(v):
+    return 1 / (1 + np.exp(-v))
+
+
+def rnn_by_hand(h, wx, wh):
+    return (np.tanh(wx + wh),)
+
+
+def gru_by_hand(h, wx, wh):
+    r, z = logistic(wx[:, :5] + wh[:, :5]), logistic(wx[:, 5:10] + wh[:, 5:10])
+    return ((1 - z) * np.tanh(wx[:, 10:] + r * wh[:, 10:]) + z * h[0],)
+
+
+def lstm_by_hand(h, wx, wh):
+    i, f, g, o = np.split(wx + wh, 4, axis=1)
+    c = logistic(f) * h[1] + logistic(i) * np.tanh(g)
+    return logistic(o) * np.tanh(c), c
+
+
+@pytest.mark.parametrize("by_hand", [rnn_by_hand, gru_by_hand, lstm_by_hand])
+def test_a_step_of_each_cell(by_hand):
+    model, rng = Model(by_hand.__name__.split("_")[0], 5, 7), np.random.default_rng(0)
+    params = {k: rng.normal(size=v.shape).astype("f") for k, v in model.init(0).items()}
+    carry = tuple(rng.normal(size=v.shape).astype("f") for v in model.carry(3))
+    now = np.array([6, 0, 3], np.int32)
+    got, logits = jax.jit(model.step)(params, carry, now)
+    want = by_hand(carry, params["Wx"][now] + params["b"], carry[0] @ params["Wh"])
+    want = (*want, want[0] @ params["Wy"] + params["by"])
+    for one, other in zip((*got, logits), want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_forget_gate_begins_open():
+    biases = {cell: np.asarray(Model(cell, 2, 3).init(0)["b"]) for cell in _demo.CELLS}
+    np.testing.assert_array_equal(biases["lstm"], [0, 0, 1, 1, 0, 0, 0, 0])
+    assert not np.any(biases["rnn"])
+    assert not np.any(biases["gru"])
 
 
 def test_updates_where_a_group_is_due():
@@ -373,17 +443,17 @@ def test_the_core_imports_none_of_the_extras():
     assert got.stdout == "\n"
 
 
+@pytest.mark.slow
 def test_interrupted_it_keeps_what_it_has(text, tmp_path):
     arguments = ["--text", str(text), *SMALL, "--steps", "100000000", "--out", str(tmp_path)]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     with subprocess.Popen(
         [sys.executable, "-m", "jaxbptt", *arguments],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
-        alarm = threading.Timer(60, process.kill)
+        alarm = threading.Timer(PATIENCE, process.kill)
         alarm.start()
         progress = b""
         while b"bits per character" not in progress:

@@ -1,22 +1,25 @@
 """The main job, interrupted and killed, goes on to the last bit; what doesn't fit is said."""
 
+import contextlib
+import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from harness import PATIENCE, ROOT, environment
 
-import jaxbptt
-from jaxbptt import _demo
+from jaxbptt import _demo, _demo_picture
 from jaxbptt.__main__ import main
+from jaxbptt._manifest import sealed
 
 pytest.importorskip("orbax.checkpoint")
 
-ROOT = Path(jaxbptt.__file__).parents[1]
 SMALL = ["--cell", "rnn", "--hidden", "8", "--batch", "4", "--window", "4", "--every", "3"]
 STEPS = 350  # no whole number of saves
 OPTIONS = [*SMALL, "--steps", str(STEPS), "--save-every", "100"]
@@ -27,6 +30,14 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "periodic.txt"
     path.write_text("the cat sat on the mat, and " * 80)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn():
+    """Leaves out the picture, a third of a small job's time; other tests look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_demo_picture, "picture", lambda done: mock.MagicMock())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,37 +85,61 @@ def interrupted_after(steps, monkeypatch, run=0):
     monkeypatch.setattr(_demo, "train", interrupted)
 
 
-@pytest.mark.parametrize(("run", "steps"), [(0, 150), (1, 200)])
-def test_interrupted_it_goes_on_to_the_last_bit(run, steps, text, alone, tmp_path, monkeypatch):
-    arguments = ["--text", str(text), *OPTIONS, "--out", str(tmp_path)]
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module", params=[(0, 150), (1, 200)], ids=str)
+def left(request, text, tmp_path_factory):
+    """The folder that a job leaves when it is interrupted in one of its two runs."""
+    run, steps = request.param
+    out, said = tmp_path_factory.mktemp("left"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         interrupted_after(steps, patch, run)
-        assert main(arguments) == 130
-    kept = facts_of(tmp_path)["runs"]
-    assert [each["steps"] for each in kept] == [STEPS] * run + [steps]
-    assert main([*arguments, "--resume"]) == 0
-    assert_same_results(tmp_path, alone)
+        assert job(text, out) == 130
+    facts = facts_of(out)
+    assert facts["interrupted"] is True
+    assert [each["steps"] for each in facts["runs"]] == [STEPS] * run + [steps]
+    assert facts["runs"][-1]["curve"][-1][0] == steps
+    last = f"interrupted after {steps} of {STEPS} steps of window"
+    assert said.getvalue().splitlines()[-1].startswith(last)
+    return out
+
+
+@pytest.fixture
+def interrupted(left, tmp_path):
+    """That folder again, for one test alone."""
+    return shutil.copytree(left, tmp_path / "job")
+
+
+in_the_first_run = pytest.mark.parametrize("left", [(0, 150)], ids=str, indirect=True)
+
+
+def test_interrupted_it_goes_on_to_the_last_bit(interrupted, text, alone):
+    assert job(text, interrupted, "--resume") == 0
+    assert_same_results(interrupted, alone)
 
 
 KILLED_AT_ITS_FIRST_SAVE = """
-import os, pathlib, signal, sys, threading, time
-def kill():
+import os, pathlib, signal, sys, time
+import jaxbptt
+from jaxbptt.__main__ import main
+save = jaxbptt.Checkpoints.save
+def save_and_die(*arguments):
+    save(*arguments)
     while not list(pathlib.Path(sys.argv[1]).glob("*/[0-9]*")):
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGKILL)
-threading.Thread(target=kill, daemon=True).start()
-from jaxbptt.__main__ import main
+jaxbptt.Checkpoints.save = save_and_die
 sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_last_bit(text, alone, tmp_path):
     arguments = ["--text", str(text), *OPTIONS, "--out", str(tmp_path), "--resume"]
     process = subprocess.run(
         [sys.executable, "-c", KILLED_AT_ITS_FIRST_SAVE, tmp_path / "checkpoints", *arguments],
         cwd=ROOT,
         capture_output=True,
-        timeout=120,
+        env=environment(),
+        timeout=PATIENCE,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert not (tmp_path / "results.json").exists()
@@ -116,16 +151,13 @@ def job(text, out, *more):
     return main(["--text", str(text), *OPTIONS, "--out", str(out), *more])
 
 
-@pytest.fixture
-def interrupted(text, tmp_path, monkeypatch):
-    """The folder of a job that was interrupted."""
-    with monkeypatch.context() as patch:
-        interrupted_after(100, patch)
-        assert job(text, tmp_path) == 130
-    return tmp_path
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_lost(interrupted, text, alone, capsys):
+@in_the_first_run
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(interrupted, text, capsys):
+    before = content_of(interrupted)
     for more, said in [
         ([], "has an interrupted job. Add --resume"),
         (["--resume", "--window", "5"], "--window must be 4 to go on with the job"),
@@ -134,15 +166,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(interrupted, text, alo
     ]:
         assert job(text, interrupted, *more) == 2
         assert said in capsys.readouterr().err
-    assert job(text, interrupted, "--resume") == 0
-    assert_same_results(interrupted, alone)
+        assert content_of(interrupted) == before  # from which it goes on, as is held above
 
 
+@in_the_first_run
 def test_recorded_steps_of_another_jax_are_left_behind(interrupted, text, capsys):
-    (manifest,) = (interrupted / "checkpoints" / "window-4-every-3").glob("100/manifest/metadata")
+    (manifest,) = (interrupted / "checkpoints" / "window-4-every-3").glob("150/manifest/metadata")
     told = manifest.read_text()
     assert f'"{jax.__version__}"' in told
-    manifest.write_text(told.replace(f'"{jax.__version__}"', '"0.1.2"'))
+    manifest.write_text(json.dumps(sealed(json.loads(told) | {"jax": "0.1.2"})))
     assert job(text, interrupted, "--resume", "--no-baseline") == 0
     said = capsys.readouterr().out
     assert "0.1.2" in said

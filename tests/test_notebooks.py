@@ -1,11 +1,10 @@
 """The notebooks run from top to bottom, and are committed as they were run."""
 
 import os
-from pathlib import Path
 
 import pytest
+from harness import PATIENCE, ROOT, not_there
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -23,6 +22,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @each_notebook
 def test_it_runs_headless(path, nbformat, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
@@ -36,7 +36,9 @@ def test_it_runs_headless(path, nbformat, tmp_path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook,
-        timeout=300,  # of one cell, on a busy machine
+        timeout=PATIENCE,  # of one cell
+        startup_timeout=PATIENCE,
+        iopub_timeout=PATIENCE,  # for a cell's output to come after its end
         kernel_name="under_test",
         resources={"metadata": {"path": str(path.parent)}},
     )
@@ -71,3 +73,8 @@ def test_it_says_what_its_source_says(path, nbformat):
     assert [(c.cell_type, c.source) for c in notebook.cells] == [
         (c.cell_type, c.source) for c in source.cells
     ]
+
+
+@each_notebook
+def test_its_source_takes_what_there_is(path):
+    assert not not_there(path.with_suffix(".py").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The truncated gradient at every step of a run, held against three independent oracles."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import zoo
-from harness import online, weigh
+from harness import first, grid, online, weigh
 from jax import lax
 from oracles import Run, check, check_cotangents, moving, random_like, reach
 
@@ -56,11 +57,15 @@ def check_step(label, want, grads, ct, allowed):
 # --------------------------------------------------- every step, every window
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+RUNS = [(name, "stored", "float64") for name in CELLS]
+RUNS += [("fused_gru", "current", "float64"), ("lstm", "stored", "float32")]
+# Each run and each window once; single precision where it adds up most.
+ONCE = [(*run, window) for run, window in zip(RUNS, [1, LENGTH + 3, 2, 3, 7], strict=True)]
+
+
 @pytest.mark.parametrize(
-    ("name", "weights", "dtype"),
-    [(name, "stored", "float64") for name in CELLS]
-    + [("fused_gru", "current", "float64"), ("lstm", "stored", "float32")],
+    ("name", "weights", "dtype", "window"),
+    grid([(*run, window) for run in RUNS for window in WINDOWS], always=ONCE),
 )
 def test_every_step_agrees_with_the_unrolled_graph_and_with_dense_jacobians(
     name, weights, dtype, window
@@ -80,9 +85,17 @@ def test_every_step_agrees_with_the_unrolled_graph_and_with_dense_jacobians(
             assert oracles.relative_error(grads[0], full.params) > 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "weights"), [("float64", "current"), ("float32", "stored")])
-@pytest.mark.parametrize("window", WINDOWS)
-def test_linear_cell_agrees_with_its_closed_form(window, dtype, weights):
+LINEAR = [("float64", "current"), ("float32", "stored")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "window"),
+    grid(
+        [(*kind, window) for kind in LINEAR for window in WINDOWS],
+        always=[(*LINEAR[0], 3), (*LINEAR[1], LENGTH + 3)],
+    ),
+)
+def test_linear_cell_agrees_with_its_closed_form(dtype, weights, window):
     run = run_of("linear", jnp.dtype(dtype), "current")  # the form is for fixed parameters
     rec = jaxbptt.record(run.step, window=window, weights=weights)
     xs = np.stack([np.asarray(x) for x in run.xs])
@@ -93,10 +106,24 @@ def test_linear_cell_agrees_with_its_closed_form(window, dtype, weights):
         check_step(f"{dtype}, closed form of the linear cell", want, grads, ct, allowed)
 
 
+# Rows of an embedding are added up in place, where a slot without a step must add nothing. What
+# `pullback` makes of the parameters again goes through an inner scan in the scan's own order.
+OTHERS = [("tokens", "stored", 4), ("reversed_layers", "current", 2)]
+
+
+@pytest.mark.parametrize(("name", "weights", "window"), OTHERS)
+def test_other_steps_agree_with_the_unrolled_graph(name, weights, window):
+    run = run_of(name, jnp.dtype("float64"), weights)
+    rec = jaxbptt.record(run.step, window=window, weights=weights)
+    for t, ct_y, ct_carry, grads, ct in steps_of(rec, run):
+        want = run.unrolled(t, reach(t, window), [ct_y], ct_carry)
+        check_step("float64, other steps", want, grads, ct, 1e-12)
+
+
 # ------------------------------------------------------------ the online loop
 
 
-@pytest.mark.parametrize("name", ["tanh_rnn", "fused_gru"])
+@pytest.mark.parametrize("name", grid(["tanh_rnn", "fused_gru"], always=["tanh_rnn"]))
 def test_scanned_sgd_agrees_with_a_python_loop_over_the_unrolled_graph(name):
     window, rate = 3, 0.1
     case = zoo.ZOO[name](jnp.float64)
@@ -124,12 +151,13 @@ def test_scanned_sgd_agrees_with_a_python_loop_over_the_unrolled_graph(name):
     for t in range(1, LENGTH + 1):
         run = Run(case.step, thetas, case.carry, xs, LENGTH)
         y = run.trajectory[1][t - 1]
-        expected.append(jnp.sum(y**2))
+        y = np.asarray(y)
+        expected.append(np.sum(y**2))
         grads = run.unrolled(t, reach(t, window), [2 * y]).params
         updated = [p - rate * g for p, g in zip(moving(thetas[-1]), grads, strict=True)]
         thetas = thetas[:t] + [oracles.refill(case.params, updated)] * (LENGTH - t)
     final = oracles.refill(case.params, updated)
-    check("float64, scanned SGD, losses", values, jnp.stack(expected), 1e-12)
+    check("float64, scanned SGD, losses", values, np.stack(expected), 1e-12)
     check("float64, scanned SGD, params", params, final, 1e-12)
     check("float64, scanned SGD, carry", tape.carry, run.trajectory[0][-1], 1e-12)
     assert oracles.relative_error(params, case.params) > 1e-2
@@ -158,40 +186,50 @@ def scored_run():
     return Run(scored_step, thetas, case.carry, case.xs(length), length)
 
 
-@pytest.mark.parametrize(
-    ("window", "every"),
-    [(3, 1), (1, 2), (2, 2), (7, 2), (2, 3), (3, 3), (7, 3), (1, 5), (3, 5), (5, 5), (7, 5)],
-)
+GROUPS = [(3, 1), (1, 2), (2, 2), (7, 2), (2, 3), (3, 3), (7, 3), (1, 5), (3, 5), (5, 5), (7, 5)]
+
+
+@pytest.mark.parametrize(("window", "every"), grid(GROUPS, always=[(1, 2), (2, 2), (7, 3)]))
 def test_groups_of_every_steps_go_back_together(window, every):
     run = scored_run()
     has_aux = (window + every) % 4 == 0
     step = scored_step_with_aux if has_aux else scored_step
     rec = jaxbptt.record(step, window=window, every=every, has_aux=has_aux)
+    tried = {2, every} if every > 1 else {1}  # a group that is cut short is tried at two rows
+    times = range(1, run.length + 1)
+    ct_carries = [random_like(run.carry, t) for t in times]
+    ct_ys = [
+        {rows: random_like(np.zeros(min(rows, window)), 200 + t) for rows in tried} for t in times
+    ]
 
-    @jax.jit
-    def update(params, tape, x, ct_y, ct_carry):
+    def one(tape, row):
+        params, x, ct_carry, ct_ys = row
+
         def loss(params, x):
             new, y = rec(params, tape, x)
             y, aux = y if has_aux else (y, None)
-            return ct_y * y + weigh(ct_carry, new.carry), (new, aux)
+            return 2.5 * y + weigh(ct_carry, new.carry), (new, aux)
 
         grads, (new, aux) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-        return new, aux, grads, rec.due(new)
+        cts = {rows: rec.pullback(params, new, ct, ct_carry) for rows, ct in ct_ys.items()}
+        return new, (grads, cts, aux, rec.due(new))
 
-    pullback = jax.jit(rec.pullback)
-    tape = rec.init(run.thetas[0], run.carry, run.xs[0])
-    before = run.carry
-    for t in range(1, run.length + 1):
-        theta, x = run.thetas[t - 1], run.xs[t - 1]
-        ct_carry = random_like(run.carry, t)
-        tape, aux, grads, due = update(theta, tape, x, 2.5, ct_carry)
+    @jax.jit
+    def go(rows, carry):
+        tape = rec.init(first(rows[0]), carry, first(rows[1]))
+        return lax.scan(one, tape, rows)[1]
+
+    rows = *run.stacked, oracles.stack(ct_carries), oracles.stack(ct_ys)
+    found = oracles.unstack(go(rows, run.carry), run.length)
+    befores = [run.carry, *run.trajectory[0]]
+    for t, (grads, cts, aux, due) in zip(times, found, strict=True):
+        ct_carry = ct_carries[t - 1]
         assert bool(due) == (t % every == 0)
         if has_aux:
-            np.testing.assert_allclose(aux["old"], before, rtol=1e-12)
-            before = tape.carry
+            np.testing.assert_allclose(aux["old"], befores[t - 1], rtol=1e-12)
         if due:
             oldest = reach(t, window, every, every)
-            ones = [jnp.asarray(2.5)] * min(every, window)
+            ones = [np.asarray(2.5)] * min(every, window)
             want = run.unrolled(t, oldest, ones, ct_carry)
             newest_x = [leaf[-1] for leaf in want.xs]
             check("float64, every, in the loop, params", grads[0], want.params, 1e-12)
@@ -199,28 +237,39 @@ def test_groups_of_every_steps_go_back_together(window, every):
         else:
             assert not any(np.any(g) for g in jax.tree.leaves(grads))
         rows = (t - 1) % every + 1
-        if rows not in (2, every):
-            continue  # a group that is cut short is tried at two rows
-        oldest = reach(t, window, every, rows)
-        rows = min(rows, window)
-        ct_ys = random_like(jnp.zeros(rows), 200 + t)
-        want = run.unrolled(t, oldest, list(ct_ys), ct_carry)
-        ct = pullback(theta, tape, ct_ys, ct_carry)
-        check_cotangents("float64, every, pullback", ct, want, 1e-12)
+        if rows in tried:
+            want = run.unrolled(
+                t, reach(t, window, every, rows), list(ct_ys[t - 1][rows]), ct_carry
+            )
+            check_cotangents("float64, every, pullback", cts[rows], want, 1e-12)
 
 
-@pytest.mark.parametrize(("window", "every"), [(4, 1), (5, 3)])
+@pytest.mark.parametrize(("window", "every"), grid([(4, 1), (5, 3)], always=[(4, 1)]))
 def test_pullback_takes_any_number_of_rows_up_to_the_window(window, every):
     run = run_of("tanh_rnn", jnp.dtype("float64"), "stored")
     rec = jaxbptt.record(run.step, window=window, every=every)
-    step, pullback = jax.jit(rec), jax.jit(rec.pullback)
-    tape = rec.init(run.thetas[0], run.carry, run.xs[0])
-    for t, (theta, x) in enumerate(zip(run.thetas, run.xs, strict=True), 1):
-        tape, _ = step(theta, tape, x)
-        for rows in (2, window):
-            ct_ys = [random_like(run.trajectory[1][0], 10 * t + row) for row in range(rows)]
-            want = run.unrolled(t, reach(t, window, every, rows), ct_ys)
-            ct = pullback(theta, tape, jnp.stack(ct_ys))
+    ct_ys = [
+        {
+            rows: np.stack([random_like(run.trajectory[1][0], 10 * t + row) for row in range(rows)])
+            for rows in (2, window)
+        }
+        for t in range(1, run.length + 1)
+    ]
+
+    def one(tape, row):
+        theta, x, ct_ys = row
+        tape, _ = rec(theta, tape, x)
+        return tape, {rows: rec.pullback(theta, tape, ct) for rows, ct in ct_ys.items()}
+
+    @jax.jit
+    def go(rows, carry):
+        tape = rec.init(first(rows[0]), carry, first(rows[1]))
+        return lax.scan(one, tape, rows)[1]
+
+    found = oracles.unstack(go((*run.stacked, oracles.stack(ct_ys)), run.carry), run.length)
+    for t, cts in enumerate(found, 1):
+        for rows, ct in cts.items():
+            want = run.unrolled(t, reach(t, window, every, rows), list(ct_ys[t - 1][rows]))
             check_cotangents("float64, several rows, pullback", ct, want, 1e-12)
 
 
@@ -308,8 +357,10 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("window", [1, 4])
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize(
+    ("name", "window"),
+    grid(itertools.product(BY_HAND, [1, 4]), always=[(name, 4) for name in BY_HAND]),
+)
 def test_current_weights_replace_exactly_what_depends_on_parameters_alone(name, window):
     forward, back = BY_HAND[name]
     run = run_of(name, jnp.dtype("float64"), "stored")

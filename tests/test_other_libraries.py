@@ -1,6 +1,7 @@
 """Cells of dm-haiku and equinox as steps, against the unrolled graph."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from oracles import check, check_cotangents, drifting, moving, random_like, reach, refill
-from test_replayed import again
+from harness import first, grid, moving_only, one_row
+from jax import lax
+from oracles import again, check, check_cotangents, drifting, moving, random_like, reach, refill
 
 import jaxbptt
 
@@ -19,11 +21,8 @@ B, D, H = 3, 6, 8
 
 @pytest.fixture(autouse=True)
 def settings():
-    # Half the time goes into compiling, and what XLA makes of a program is held elsewhere.
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("standard"):  # haiku's dropout multiplies by a bool
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Case(NamedTuple):
@@ -52,17 +51,21 @@ def hold_recorder(case, xs, weights, label):
     carries, ys = run.trajectory
     ct_y, ct_carry = random_like(ys[0], 1), random_like(carries[0], 2)
     rec = jaxbptt.record(case.step, window=WINDOW, weights=weights)
-    rows = jax.tree.map(lambda v: v[None], ct_y)
 
     @jax.jit
-    def one(theta, tape, x):
-        tape, y = rec(theta, tape, x)
-        return tape, y, rec.pullback(theta, tape, rows, ct_carry)
+    def go(params, carry, thetas, xs):
+        def one(tape, row):
+            theta, x = row
+            tape, y = rec(theta, tape, x)
+            ct = rec.pullback(theta, tape, one_row(ct_y), ct_carry)
+            return tape, (tape.carry, y, moving_only(ct))
 
-    tape = rec.init(case.params, case.carry, jax.tree.map(lambda v: v[0], xs))
+        return lax.scan(one, rec.init(params, carry, first(xs)), (thetas, xs))[1]
+
+    found = oracles.unstack(go(case.params, case.carry, oracles.stack(thetas), xs), LENGTH)
     for t in range(1, LENGTH + 1):
-        tape, y, ct = one(thetas[t - 1], tape, run.xs[t - 1])
-        check(label, (tape.carry, y), (carries[t - 1], ys[t - 1]), 1e-12)
+        carry, y, ct = found[t - 1]
+        check(label, (carry, y), (carries[t - 1], ys[t - 1]), 1e-12)
         if weights == "replayed":
             of_window = again(run, thetas, t, WINDOW)
             want = of_window.unrolled(of_window.length, 1, [ct_y], ct_carry)
@@ -85,7 +88,14 @@ def hold_scan(case, xs, label):
     check(label, jax.jit(jax.grad(total))(moving(case.params)), want.params, 1e-12)
 
 
-HOWS = pytest.mark.parametrize("how", ["stored", "current", "replayed", "scan"])
+HOWS = ["stored", "current", "replayed", "scan"]
+
+
+def cells_each_way(always):
+    """All ways to a gradient: of each name those in the default tier."""
+    cases = itertools.product(always, HOWS)
+    chosen = [(name, how) for name, hows in always.items() for how in hows]
+    return pytest.mark.parametrize(("name", "how"), grid(cases, always=chosen))
 
 
 # --------------------------------------------------------------------------- dm-haiku
@@ -97,23 +107,22 @@ def haiku_cell(name):
     core = getattr(hk, name)
     net = hk.without_apply_rng(hk.transform(lambda x, carry: core(H)(x, carry)))
     start = hk.without_apply_rng(hk.transform(lambda: core(H).initial_state(B)))
-    carry = start.apply({})
+    carry = jax.eval_shape(start.apply, {})
 
     def step(params, carry, x):
         y, carry = net.apply(params, x, carry)
         return carry, y
 
-    params = net.init(jax.random.key(0), jnp.zeros((B, D)), carry)
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((B, D)), carry)
     return Case(step, filled(params, 1), filled(carry, 50))
 
 
-@HOWS
-@pytest.mark.parametrize("name", ["VanillaRNN", "GRU", "LSTM"])
+@cells_each_way({"VanillaRNN": ["scan"], "GRU": ["current"], "LSTM": ["stored"]})
 def test_a_haiku_core(name, how):
     held(f"haiku {name}", haiku_cell(name), draw(99, LENGTH, B, D), how)
 
 
-@HOWS
+@pytest.mark.parametrize("how", grid(HOWS, always=["replayed"]))
 def test_a_haiku_model_with_dropout_and_state(how):
     """With `transform_with_state`: its state and the key of the next step are in the carry."""
     hk = pytest.importorskip("haiku")
@@ -133,7 +142,7 @@ def test_a_haiku_model_with_dropout_and_state(how):
         return (carry, state, key), y
 
     cores = draw(50, B, H), hk.LSTMState(draw(51, B, 7), draw(52, B, 7))
-    params, state = net.init(jax.random.key(0), jnp.zeros((B, D)), cores)
+    params, state = jax.jit(net.init)(jax.random.key(0), jnp.zeros((B, D)), cores)
     carry = cores, state, jax.random.key(3)
     held("haiku with state", Case(step, filled(params, 1), carry), draw(99, LENGTH, B, D), how)
 
@@ -141,12 +150,11 @@ def test_a_haiku_model_with_dropout_and_state(how):
 # --------------------------------------------------------------------------- equinox
 
 
-@HOWS
-@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell"])
+@cells_each_way({"GRUCell": ["replayed"], "LSTMCell": ["scan"]})
 def test_an_equinox_cell(name, how):
     """A cell is a pytree of arrays alone, so it is params; `vmap` gives it its batch."""
     eqx = pytest.importorskip("equinox")
-    cell = getattr(eqx.nn, name)(D, H, key=jax.random.key(0))
+    cell = jax.eval_shape(lambda: getattr(eqx.nn, name)(D, H, key=jax.random.key(0)))
 
     def step(cell, carry, x):
         carry = jax.vmap(cell)(x, carry)
@@ -169,7 +177,9 @@ def equinox_model(eqx):
     return Model(eqx.nn.GRUCell(D, H, key=keys[0]), eqx.nn.MLP(H, 2, 5, 1, jnp.tanh, key=keys[1]))
 
 
-@HOWS
+# By default its gradient inside the loop, in the next test.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("how", HOWS)
 def test_an_equinox_module_that_is_partitioned(how):
     eqx = pytest.importorskip("equinox")
     params, static = eqx.partition(equinox_model(eqx), eqx.is_inexact_array)

@@ -1,39 +1,21 @@
 """A window for each part of the carry, in `record` and in `scan`."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from oracles import check, check_cotangents, drifting, moving, random_like, reach
-from test_scan_cost import products
-from test_scan_steps import pulled
-from zoo import normal
+from harness import draw, grid, online, pulled
+from jax import lax
+from jaxprs import products
+from oracles import check, check_cotangents, drifting, random_like, reach
+from two_parts import CARRY, LENGTH, PARAMS, XS, step
 
 import jaxbptt
 
-LENGTH = 8
-
-
-def step(p, carry, x):
-    """Two cells that read each other; a counter beside them."""
-    fast, (slow, count) = carry["fast"], carry["slow"]
-    new = jnp.tanh(x @ p["wx"] + fast @ p["ff"] + slow @ p["sf"])
-    slow = 0.9 * slow + jnp.tanh(fast @ p["fs"] + slow @ p["ss"] + x[:, :2])
-    return {"fast": new, "slow": (slow, count + 1)}, new[:, :2] * slow
-
-
-PARAMS = {
-    "wx": normal(1, float, 3, 4),
-    "ff": normal(2, float, 4, 4),
-    "sf": normal(3, float, 2, 4),
-    "fs": normal(4, float, 4, 2),
-    "ss": normal(5, float, 2, 2),
-}
-CARRY = {"fast": normal(6, float, 2, 4), "slow": (normal(7, float, 2, 2), jnp.int32(0))}
-XS = normal(8, float, LENGTH, 2, 3)
 PREFIXES = [
     {"fast": 2, "slow": 5},
     {"fast": 5, "slow": 2},
@@ -49,94 +31,135 @@ def of_moving(window):
     return [window["fast"], slow[0] if isinstance(slow, tuple) else slow]
 
 
+@functools.cache
+def run_of(weights):
+    """The run, with parameters that drift where they are stored, and cotangents of each step."""
+    thetas = drifting(PARAMS, LENGTH) if weights == "stored" else [PARAMS] * LENGTH
+    run = oracles.Run(step, thetas, CARRY, XS, LENGTH)
+    carries, ys = run.trajectory
+    ct_ys = [random_like(y, t) for t, y in enumerate(ys)]
+    return run, ct_ys, [random_like(c, 50 + t) for t, c in enumerate(carries)]
+
+
 @pytest.mark.parametrize(
     ("window", "weights"),
-    [(window, "stored") for window in PREFIXES] + [(PREFIXES[0], "current")],
+    grid(
+        [(window, "stored") for window in PREFIXES] + [(PREFIXES[0], "current")],
+        always=[(PREFIXES[1], "stored"), (PREFIXES[3], "stored"), (PREFIXES[0], "current")],
+    ),
     ids=str,
 )
 def test_record_at_every_step(window, weights):
-    thetas = drifting(PARAMS, LENGTH) if weights == "stored" else [PARAMS] * LENGTH
-    run = oracles.Run(step, thetas, CARRY, XS, LENGTH)
+    run, ct_ys, ct_carries = run_of(weights)
     rec = jaxbptt.record(step, window=window, weights=weights)
     assert rec.window == window
-    carries, ys = run.trajectory
-    ct_y, ct_carry = random_like(ys[0], 1), random_like(carries[0], 2)
-
-    @jax.jit
-    def one(theta, tape, x):
-        def loss(theta):
-            new, y = rec(theta, tape, x)
-            pairs = zip(moving((ct_y, ct_carry)), moving((y, new.carry)), strict=True)
-            return sum(jnp.sum(a * b) for a, b in pairs), new
-
-        grad, new = jax.grad(loss, has_aux=True)(theta)
-        return new, grad, rec.pullback(theta, new, ct_y[None], ct_carry)
-
-    tape = rec.init(PARAMS, CARRY, XS[0])
-    for t in range(1, LENGTH + 1):
-        tape, grad, ct = one(thetas[t - 1], tape, XS[t - 1])
+    found = online(rec, run, ct_ys, ct_carries)
+    rows = ct_ys, ct_carries, found.grads, found.cts
+    for t, ct_y, ct_carry, grads, ct in zip(range(1, LENGTH + 1), *rows, strict=True):
         want = run.unrolled(t, [reach(t, w) for w in of_moving(window)], [ct_y], ct_carry)
-        check("parts, in the loop", grad, want.params, 1e-12)
+        check("parts, in the loop", grads[0], want.params, 1e-12)
         check_cotangents("parts, pullback", ct, want, 1e-12)
 
 
-@pytest.mark.parametrize("every", [2, 4])
-@pytest.mark.parametrize("window", PREFIXES[::2], ids=str)
-def test_record_in_groups(window, every):
-    def loss_step(p, c, x):
-        c, y = step(p, c, x)
-        return c, jnp.sum(y**2)
+def loss_step(p, c, x):
+    c, y = step(p, c, x)
+    return c, jnp.sum(y**2)
 
-    run = oracles.Run(loss_step, PARAMS, CARRY, XS, LENGTH)
+
+@functools.cache
+def scored_run():
+    return oracles.Run(loss_step, PARAMS, CARRY, XS, LENGTH)
+
+
+def outputs_pulled(window, every, all_of_them):
+    """For how many outputs at once the pullback is asked."""
+    longest = min(LENGTH, max(of_moving(window)))
+    return [m for m in range(1, longest + 1) if all_of_them or m in (1, every, longest)]
+
+
+IN_GROUPS = list(itertools.product(PREFIXES[::2], [2, 4]))
+
+
+@pytest.mark.parametrize(
+    ("window", "every", "all_of_them"),
+    grid(
+        [(*case, False) for case in IN_GROUPS] + [(*case, True) for case in IN_GROUPS],
+        always=[(PREFIXES[0], 2, False), (PREFIXES[2], 4, False), (PREFIXES[4], 4, False)],
+    ),
+    ids=str,
+)
+def test_record_in_groups(window, every, all_of_them):
+    run = scored_run()
     rec = jaxbptt.record(loss_step, window=window, every=every)
     rows = min(every, max(of_moving(window)))
+    numbers = outputs_pulled(window, every, all_of_them)
 
     @jax.jit
-    def one(tape, x):
-        def loss(p):
-            new, y = rec(p, tape, x)
-            return y, new
+    def go(carry, xs):
+        def one(tape, x):
+            def loss(p):
+                new, y = rec(p, tape, x)
+                return y, new
 
-        return jax.grad(loss, has_aux=True)(PARAMS)
+            grad, new = jax.grad(loss, has_aux=True)(PARAMS)
+            cts = [rec.pullback(PARAMS, new, jnp.ones(m)) for m in numbers]
+            return new, (
+                grad,
+                [(ct.params, ct.carry["fast"], ct.carry["slow"][0], ct.xs) for ct in cts],
+            )
 
-    pull = jax.jit(functools.partial(rec.pullback, PARAMS))
-    tape = rec.init(PARAMS, CARRY, XS[0])
-    for t in range(1, LENGTH + 1):
-        grad, tape = one(tape, XS[t - 1])
+        return lax.scan(one, rec.init(PARAMS, carry, xs[0]), xs)[1]
+
+    for t, (grad, cts) in enumerate(oracles.unstack(go(CARRY, XS), LENGTH), 1):
         if t % every == 0:
             oldest = [reach(t, w, every, every) for w in of_moving(window)]
-            want = run.unrolled(t, oldest, [jnp.ones(())] * rows)
+            want = run.unrolled(t, oldest, [np.ones(())] * rows)
             check("parts, in groups", grad, want.params, 1e-12)
-        for m in range(1, min(t, max(of_moving(window))) + 1):
+        for m, (params, *carry, xs) in zip(numbers, cts, strict=True):
+            if m > t:
+                continue
             oldest = [reach(t, w, every, m) for w in of_moving(window)]
-            want = run.unrolled(t, oldest, [jnp.ones(())] * m)
-            ct = pull(tape, jnp.ones(m))
+            want = run.unrolled(t, oldest, [np.ones(())] * m)
+            ct = oracles.Expected(params, carry, xs)
             check_cotangents("parts, m outputs", ct, want, 1e-12)
 
 
-@pytest.mark.parametrize("every", [1, 3, 4, 9])
-@pytest.mark.parametrize("window", PREFIXES, ids=str)
+@pytest.mark.parametrize(
+    ("window", "every"),
+    grid(
+        itertools.product(PREFIXES, [1, 3, 4, 9]),
+        always=[
+            (PREFIXES[0], 3),
+            (PREFIXES[1], 1),
+            (PREFIXES[2], 4),
+            (PREFIXES[3], 9),
+            (PREFIXES[4], 1),
+            (PREFIXES[0], 4),
+        ],
+    ),
+    ids=str,
+)
 def test_scan_against_each_group(window, every):
-    run = oracles.Run(step, PARAMS, CARRY, XS, LENGTH)
-    carries, ys = run.trajectory
-    ct_ys, ct_carry = [random_like(y, s) for s, y in enumerate(ys)], random_like(carries[-1], 50)
-    want = run.whole(of_moving(window), every, ct_ys, ct_carry)
+    run, ct_ys, ct_carries = run_of("current")
+    want = run.whole(of_moving(window), every, ct_ys, ct_carries[-1])
     how = {"window": window, "every": every}
-    got, _ = pulled(step, PARAMS, CARRY, XS, LENGTH, ct_ys, ct_carry, **how)
+    got, _ = pulled(step, PARAMS, CARRY, XS, LENGTH, ct_ys, ct_carries[-1], **how)
     for name in ("params", "carry", "xs"):
         check(f"parts, scan, {name}", getattr(got, name), getattr(want, name), 1e-12)
 
 
 def test_equal_windows_are_one_window():
-    parts = jaxbptt.record(step, window={"fast": 3, "slow": 3})
-    one = jaxbptt.record(step, window=3)
-    ct = []
-    for rec in (parts, one):
-        tape = rec.init(PARAMS, CARRY, XS[0])
-        for x in XS[:5]:
-            tape, _ = rec(PARAMS, tape, x)
-        ct.append(rec.pullback(PARAMS, tape, jnp.ones((1, 2, 2))))
-    jax.tree.map(np.testing.assert_array_equal, *ct)
+    @jax.jit
+    def pulled_back(carry, xs):
+        def one(rec):
+            go = lambda tape, x: (rec(PARAMS, tape, x)[0], None)  # noqa: E731
+            tape, _ = lax.scan(go, rec.init(PARAMS, carry, xs[0]), xs)
+            ct = rec.pullback(PARAMS, tape, jnp.ones((1, 2, 2)))
+            return ct.params, ct.carry["fast"], ct.carry["slow"][0], ct.xs
+
+        return [one(jaxbptt.record(step, window=w)) for w in ({"fast": 3, "slow": 3}, 3)]
+
+    jax.tree.map(np.testing.assert_array_equal, *pulled_back(CARRY, XS[:5]))
 
 
 def test_a_part_whose_window_is_over_is_not_computed_with():
@@ -160,12 +183,16 @@ def test_a_carry_that_is_handed_on_unchanged_is_still_cut():
 
         return jaxbptt.scan(f, carry, xs, **how)[1].sum()
 
-    carry, xs = (jnp.full(2, 3.0), jnp.zeros(2)), jnp.ones((3, 2))
-    scale, total = jax.grad(run)(carry, xs, window=1)
+    @jax.jit
+    def grads(carry, xs):
+        return [jax.grad(run)(carry, xs, window=window) for window in (1, None, (3, 1))]
+
+    one, full, parts = grads((np.full(2, 3.0), np.zeros(2)), np.ones((3, 2)))
+    scale, total = one
     assert scale.tolist() == [0, 0]  # y_1 = c⁰ c¹ with c¹ = 0
     assert total.tolist() == [3, 3]
-    assert jax.grad(run)(carry, xs, window=None)[0].tolist() == [18, 18]
-    scale, total = jax.grad(run)(carry, xs, window=(3, 1))
+    assert full[0].tolist() == [18, 18]
+    scale, total = parts
     assert total.tolist() == [3, 3]
     assert scale.tolist() == [3 + 6, 3 + 6]  # c¹ of step s as it is: 0, 3, 6
 
@@ -191,13 +218,13 @@ def test_each_window_is_a_positive_int(bad):
 
 def test_a_part_of_all_steps_may_have_any_window():
     def grad(slow):
-        return jax.grad(
-            lambda p: jnp.sum(
-                jaxbptt.scan(
-                    lambda c, x: step(p, c, x), CARRY, XS, window={"fast": 2, "slow": slow}
-                )[1]
-            )
-        )(PARAMS)
+        @jax.jit
+        @jax.grad
+        def of_run(p):
+            windows = {"fast": 2, "slow": slow}
+            return jnp.sum(jaxbptt.scan(functools.partial(step, p), CARRY, XS, window=windows)[1])
+
+        return of_run(PARAMS)
 
     want = grad(LENGTH)
     for slow in (100, 2**31 - 1, 2**32, 2**63 - 1):
@@ -238,44 +265,59 @@ def test_recorders_of_separate_modules_under_one_gradient():
         return h, h
 
     params = {
-        "encoder": normal(1, float, 3, 4),
-        "fast": {"w": normal(2, float, 4, 4), "u": normal(3, float, 4, 4)},
-        "slow": {"w": normal(4, float, 2, 2), "u": normal(5, float, 4, 2)},
-        "head": normal(6, float, 2, 3),
+        "encoder": draw(1, 3, 4),
+        "fast": {"w": draw(2, 4, 4), "u": draw(3, 4, 4)},
+        "slow": {"w": draw(4, 2, 2), "u": draw(5, 4, 2)},
+        "head": draw(6, 2, 3),
     }
-    h_fast, h_slow = normal(7, float, 2, 4), normal(8, float, 2, 2)
+    h_fast, h_slow = draw(7, 2, 4), draw(8, 2, 2)
     fast, slow = jaxbptt.record(cell, window=2), jaxbptt.record(cell, window=4)
 
     @jax.jit
-    def one(tapes, x):
-        def loss(p):
-            a, y = fast(p["fast"], tapes[0], jnp.tanh(x @ p["encoder"]))
-            b, y = slow(p["slow"], tapes[1], y)
-            return jnp.sum((y @ p["head"]) ** 2), (a, b)
+    def recorded(params, carries, xs):
+        def one(tapes, x):
+            def loss(p):
+                a, y = fast(p["fast"], tapes[0], jnp.tanh(x @ p["encoder"]))
+                b, y = slow(p["slow"], tapes[1], y)
+                return jnp.sum((y @ p["head"]) ** 2), (a, b)
 
-        return jax.grad(loss, has_aux=True)(params)
+            return jax.grad(loss, has_aux=True)(params)[::-1]
 
-    def unrolled(p, t):
-        """The loss of step t; `p` is where gradient flows, `params` where it does not."""
-        a, b = h_fast, h_slow
-        for s in range(1, t + 1):
-            now, in_fast, in_slow = s == t, s > t - 2, s > t - 4
-            e = jnp.tanh(XS[s - 1] @ (p if now else params)["encoder"])
-            a = a if in_fast and s - 1 > t - 2 else jax.lax.stop_gradient(a)
-            a, y = cell((p if in_fast else params)["fast"], a, e)
-            b = b if in_slow and s - 1 > t - 4 else jax.lax.stop_gradient(b)
-            b, y = cell(
-                (p if in_slow else params)["slow"], b, y if now else jax.lax.stop_gradient(y)
+        x = jnp.tanh(xs[0] @ params["encoder"])
+        tapes = [
+            rec.init(params[name], carry, like)
+            for rec, name, carry, like in zip(
+                (fast, slow), ("fast", "slow"), carries, (x, carries[0]), strict=True
             )
-        return jnp.sum((y @ p["head"]) ** 2)
+        ]
+        return lax.scan(one, tuple(tapes), xs)[1]
 
-    x = jnp.tanh(XS[0] @ params["encoder"])
-    tapes = fast.init(params["fast"], h_fast, x), slow.init(params["slow"], h_slow, x)
-    for t in range(1, LENGTH + 1):
-        grad, tapes = one(tapes, XS[t - 1])
-        check("separate recorders", grad, jax.grad(unrolled)(params, t), 1e-12)
+    def flows(where, tree):
+        """The tree, with gradient only where it says."""
+        return jax.tree.map(lambda v: jnp.where(where, v, lax.stop_gradient(v)), tree)
+
+    def unrolled(p, xs, t):
+        """The loss of step t."""
+
+        def one(carry, row):
+            (a, b), (s, x) = carry, row
+            e = jnp.tanh(x @ flows(s == t, p["encoder"]))
+            a, y = cell(flows(s > t - 2, p["fast"]), flows(s - 1 > t - 2, a), e)
+            b, y = cell(flows(s > t - 4, p["slow"]), flows(s - 1 > t - 4, b), flows(s == t, y))
+            return (a, b), jnp.where(s == t, jnp.sum((y @ p["head"]) ** 2), 0.0)
+
+        return jnp.sum(lax.scan(one, (h_fast, h_slow), (np.arange(1, LENGTH + 1), xs))[1])
+
+    @jax.jit
+    def of_each_step(params, xs):
+        return lax.map(lambda t: jax.grad(unrolled)(params, xs, t), np.arange(1, LENGTH + 1))
+
+    got = oracles.unstack(recorded(params, (h_fast, h_slow), XS), LENGTH)
+    for one, want in zip(got, oracles.unstack(of_each_step(params, XS), LENGTH), strict=True):
+        check("separate recorders", one, want, 1e-12)
 
 
+@pytest.mark.compiled
 def test_scan_does_not_compute_with_parts_that_are_over():
     w, u = jnp.ones((64, 64)), jnp.ones((64, 2))
 

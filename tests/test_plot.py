@@ -2,16 +2,13 @@
 
 import io
 import itertools
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import ROOT, grid, run_python
 
-import jaxbptt
 from jaxbptt import ByLag, fit_decay, plot_by_lag
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -19,7 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-ROOT = Path(jaxbptt.__file__).parents[1]
 LAGS = np.arange(24)
 
 
@@ -188,8 +184,13 @@ def test_a_second_gradient_beside_the_first_has_colours_of_its_own():
     assert ax.get_xlim() == (-0.5, 23.5)
 
 
-@pytest.mark.parametrize("apart", [0, 0.05, 0.1, 0.3, 3])
-@pytest.mark.parametrize("below_a_title", [False, True])
+@pytest.mark.parametrize(
+    ("apart", "below_a_title"),
+    grid(
+        itertools.product([0, 0.05, 0.1, 0.3, 3], [False, True]),
+        always=[(0, True), (0.05, False), (0.1, True), (0.3, False), (3, True)],
+    ),
+)
 def test_labels_at_the_ends_do_not_cover_one_another(apart, below_a_title):
     close = ONE._replace(carry=[geometric(0.8, 1 + i * apart) for i in range(4)])
     ax = None
@@ -247,16 +248,8 @@ def test_without_a_display_and_without_pyplot(tmp_path):
         f"ax.figure.savefig({str(tmp_path / 'out.png')!r})\n"
         "print('matplotlib.pyplot' in sys.modules)\n"
     )
-    away = ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND", "XLA_FLAGS")
-    environment = {k: v for k, v in os.environ.items() if k not in away}
-    got = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    away = dict.fromkeys(("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"))
+    got = run_python("-c", code, cwd=ROOT, **away)
     assert got.returncode == 0, got.stderr
     assert got.stdout == "False\n"
 

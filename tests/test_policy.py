@@ -2,22 +2,19 @@
 
 import ast
 import itertools
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import ROOT, run_python
 from jax import lax
 
 import jaxbptt
 
 optax = pytest.importorskip("optax")
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "policy.py"
 PAGE = ROOT / "docs" / "policy.md"
 BATCH, STEPS, HIDDEN = 64, 1500, 32
@@ -157,6 +154,7 @@ def trained(policy, first):
     return {window: run(window) for window in (1, 12)}
 
 
+@pytest.mark.slow
 def test_the_signs_weights_get_no_gradient_through_a_window_of_1_and_stay_zero(trained):
     params, largest, _ = trained[1]
     assert largest == 0.0
@@ -166,6 +164,7 @@ def test_the_signs_weights_get_no_gradient_through_a_window_of_1_and_stay_zero(t
     assert params["sign"].all()
 
 
+@pytest.mark.slow
 def test_a_window_of_1_learns_to_walk_and_then_tosses_a_coin(trained):
     ends = trained[1][2]
     late = {end: count[-300:].sum() for end, count in ends.items()}
@@ -175,11 +174,13 @@ def test_a_window_of_1_learns_to_walk_and_then_tosses_a_coin(trained):
     assert abs(exits - turns / 2) < 3 * turns**0.5 / 2
 
 
+@pytest.mark.slow
 def test_a_window_as_long_as_the_longest_episode_finds_the_exit(trained):
     late = {end: count[-300:].sum() for end, count in trained[12][2].items()}
     assert late["exits"] > 0.95 * late["episodes"]
 
 
+@pytest.mark.slow
 def test_nothing_that_a_window_of_1_learned_depends_on_the_sign(first, walk, trained):
     _, start = first(5)
     mirrored = start | {"maze": start["maze"]._replace(sign=-start["maze"].sign)}
@@ -198,6 +199,7 @@ def test_nothing_that_a_window_of_1_learned_depends_on_the_sign(first, walk, tra
     assert (logits[0] != logits[1]).any()
 
 
+@pytest.mark.slow
 def test_no_gradient_crosses_the_start_of_an_episode(policy, first, trained):
     def nudged(params, carry, x):
         key, nudge = x
@@ -229,23 +231,54 @@ def test_no_gradient_crosses_the_start_of_an_episode(policy, first, trained):
 # ------------------------------------------------------------ the script and its page
 
 
+@pytest.mark.slow
 def test_the_script_prints_a_table_and_draws_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     options = "--window 2 --steps 30 --batch 4 --seeds 2 --seed 3 --picture curves.png"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", SCRIPT, *options.split()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
+    done = run_python(SCRIPT, *options.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ +steps +30 +after ± sd", done.stdout, re.MULTILINE)
     assert re.search(
         r"^window +2 +[\d.]+ +[\d.]+ ± [\d.]+ +\d+/\d+ +[\d.]+$", done.stdout, re.MULTILINE
     )
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_what_the_training_counts_is_in_the_table_and_in_the_picture(
+    policy, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+
+    def train(seed, window, steps, batch, size):
+        assert (window, steps, batch, size) == (2, 500, 4, 250)
+        found = jnp.stack([10 * seed, 20 * seed])  # seeds 1 and 2
+        return {}, counts(40, 30, found), counts(10, 10, 2 * seed)
+
+    def counts(episodes, turns, exits):
+        full = [jnp.full_like(exits, number) for number in (episodes, turns)]
+        return dict(zip(policy.ENDS, (*full, exits), strict=True))
+
+    drawn = []
+    draw = policy.draw
+
+    def drawing(curves, ends, file):
+        drawn.append((curves, list(ends)))
+        draw(curves, ends, file)
+
+    monkeypatch.setattr(policy, "train", train)
+    monkeypatch.setattr(policy, "draw", drawing)
+    picture = tmp_path / "curves.png"
+    options = f"--window 2 --steps 500 --batch 4 --seeds 2 --seed 1 --picture {picture}"
+    monkeypatch.setattr(sys, "argv", ["policy.py", *options.split()])
+    policy.main()
+    _, head, row = capsys.readouterr().out.splitlines()
+    assert re.search(r"^ +steps +250 +500 +after ± sd", head)
+    # In the mean of two seeds: 15 and 30 of 40 episodes; afterwards 2 and 4 of 10.
+    assert re.search(r"^window +2 +37\.5 +75\.0 +30\.00 ± 14\.14 +90/120 +[\d.]+$", row)
+    ((curves, ends),) = drawn
+    np.testing.assert_array_equal(curves[2], [[25, 50], [50, 100]])
+    assert ends == [250, 500]
+    assert picture.stat().st_size > 5000
 
 
 def test_numbers_that_make_no_sense_are_refused(policy, monkeypatch, capsys):

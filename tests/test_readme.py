@@ -1,17 +1,13 @@
 """The README holds: its code runs, its commands are those that CI runs, its file list is true."""
 
 import ast
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from harness import ROOT, run_python
 
 import jaxbptt
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = "pip install -e '.[demo]' && python -m jaxbptt"
 TEST = "pip install -e '.[test]' && python -m pytest"
@@ -26,14 +22,7 @@ def test_the_code_runs_in_order_as_a_reader_would_run_it(tmp_path):
     # In a process of its own: this one has settings that a reader hasn't.
     program = tmp_path / "readme.py"
     program.write_text("\n".join(blocks("python")), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", program],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
+    done = run_python(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, last = map(float, re.findall(r"loss ([\d.]+) at first, ([\d.]+) in", done.stdout)[0])
     assert last < first / 4, "the example doesn't learn any more"

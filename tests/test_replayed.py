@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from harness import first, grid, online
 from jax import lax
-from oracles import check, check_cotangents, drifting, moving, random_like, reach, refill
+from oracles import again, check, check_cotangents, drifting, random_like, reach
 from zoo import ZOO
 
 import jaxbptt
@@ -21,16 +22,11 @@ CASES = (
 )
 
 
-def again(run, thetas, t, window, every=1, rows=1, params=None):
-    """The steps from the oldest carry on the ring to t, all with the parameters of step t."""
-    first = max(1, t - window + 1)
-    carry = run.carry if first == 1 else run.trajectory[0][first - 2]
-    xs = oracles.stack(run.xs[first - 1 : t])
-    theta = thetas[t - 1] if params is None else params
-    return oracles.Run(run.step, [theta] * (t - first + 1), carry, xs, t - first + 1)
+# One of each kind; the gradient of what is closed over has a test below.
+SAMPLE = "checkpoint integer_leaves no_params spike_vjp stacked_layers typed_key"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", grid(CASES, always=SAMPLE.split()))
 def test_at_every_step(name):
     case = ZOO[name](np.float64)
     xs, window = case.xs(LENGTH), 3
@@ -39,34 +35,22 @@ def test_at_every_step(name):
     carries, ys = run.trajectory
     ct_y, ct_carry = random_like(ys[0], 1), random_like(carries[0], 2)
     rec = jaxbptt.record(case.step, window=window, weights="replayed")
-    rows = jax.tree.map(
-        lambda v: (np if v.dtype == jax.dtypes.float0 else jnp).asarray(v)[None], ct_y
-    )
-
-    @jax.jit
-    def one(theta, tape, x):
-        def loss(values):
-            new, y = rec(refill(theta, values), tape, x)
-            pairs = zip(moving((ct_y, ct_carry)), moving((y, new.carry)), strict=True)
-            return sum((jnp.sum(jnp.real(a * b)).astype(float) for a, b in pairs), 0.0), (new, y)
-
-        grads, (new, y) = jax.grad(loss, has_aux=True)(moving(theta))
-        return new, y, grads, rec.pullback(theta, new, rows, ct_carry)
-
+    found = online(rec, run, [ct_y] * LENGTH, [ct_carry] * LENGTH)
     # A product in bfloat16 has its error, whatever the dtype of the weights around it.
     inside = [jnp.zeros((), jnp.bfloat16)] if name == "bfloat16" else []
     allowed = oracles.tolerance(case.params, case.carry, xs, inside)
-    tape = rec.init(case.params, case.carry, case.x())
-    for t in range(1, LENGTH + 1):
-        tape, y, grads, ct = one(thetas[t - 1], tape, run.xs[t - 1])
-        check("replayed, values", (y, tape.carry), (ys[t - 1], carries[t - 1]), allowed)
+    for t, (grads, ct, *values) in enumerate(zip(*found, strict=True), 1):
+        check("replayed, values", values, (ys[t - 1], carries[t - 1]), allowed)
         window_run = again(run, thetas, t, window)
         want = window_run.unrolled(window_run.length, 1, [ct_y], ct_carry)
-        check("replayed, in the loop", grads, want.params, allowed)
+        check("replayed, in the loop", grads[0], want.params, allowed)
+        check("replayed, in the loop, x", grads[1], [leaf[-1] for leaf in want.xs], allowed)
         check_cotangents("replayed, pullback", ct, want, allowed)
 
 
-@pytest.mark.parametrize(("window", "every"), [(4, 2), (3, 3), (2, 4), (5, 3)])
+@pytest.mark.parametrize(
+    ("window", "every"), grid([(4, 2), (3, 3), (2, 4), (5, 3)], always=[(4, 2), (2, 4)])
+)
 def test_in_groups(window, every):
     case = ZOO["lstm"](np.float64)
 
@@ -78,20 +62,24 @@ def test_in_groups(window, every):
     run = oracles.Run(step, thetas, case.carry, xs, 8)
     rec = jaxbptt.record(step, window=window, every=every, weights="replayed")
 
-    @jax.jit
-    def one(theta, tape, x):
-        return jax.grad(lambda p: rec(p, tape, x)[::-1], has_aux=True)(theta)
+    def one(tape, row):
+        theta, x = row
+        grad, tape = jax.grad(lambda p: rec(p, tape, x)[::-1], has_aux=True)(theta)
+        return tape, (grad, [rec.pullback(theta, tape, jnp.ones(m)) for m in range(1, window + 1)])
 
-    pull = jax.jit(rec.pullback)
-    tape = rec.init(case.params, case.carry, case.x())
-    for t in range(1, 9):
-        grad, tape = one(thetas[t - 1], tape, run.xs[t - 1])
+    @jax.jit
+    def go(stacked, carry):
+        thetas, xs = stacked
+        tape = rec.init(first(thetas), carry, first(xs))
+        return lax.scan(one, tape, stacked)[1]
+
+    found = oracles.unstack(go(run.stacked, run.carry), 8)
+    for t, (grad, pulled) in enumerate(found, 1):
+        part = again(run, thetas, t, window)
         for m in range(1, min(t, window) + 1):
-            part = again(run, thetas, t, window)
             oldest = max(1, part.length - (t - reach(t, window, every, m)))
-            want = part.unrolled(part.length, oldest, [jnp.ones(())] * m)
-            ct = pull(thetas[t - 1], tape, jnp.ones(m))
-            check_cotangents("replayed, m outputs", ct, want, 1e-12)
+            want = part.unrolled(part.length, oldest, [np.ones(())] * m)
+            check_cotangents("replayed, m outputs", pulled[m - 1], want, 1e-12)
             if t % every == 0 and m == min(every, window):
                 check("replayed, in groups", grad, want.params, 1e-12)
 
@@ -101,11 +89,14 @@ def test_at_fixed_parameters_the_three_agree():
     tapes, cts = {}, {}
     for weights in ("stored", "current", "replayed"):
         rec = jaxbptt.record(case.step, window=4, weights=weights)
-        tape = rec.init(case.params, case.carry, case.x())
-        run = functools.partial(rec, case.params)
-        tape, ys = lax.scan(lambda tape, x, run=run: run(tape, x), tape, case.xs(7))
-        tapes[weights] = tape
-        cts[weights] = rec.pullback(case.params, tape, jnp.ones_like(ys[-1:]))
+
+        @jax.jit
+        def go(params, carry, xs, rec=rec):
+            tape = rec.init(params, carry, first(xs))
+            tape, ys = lax.scan(functools.partial(rec, params), tape, xs)
+            return tape, rec.pullback(params, tape, jnp.ones_like(ys[-1:]))
+
+        tapes[weights], cts[weights] = go(case.params, case.carry, case.xs(7))
     for weights in ("current", "replayed"):
         check("the three agree", cts[weights], cts["stored"], 1e-14)
     assert tapes["replayed"].nbytes < tapes["current"].nbytes < tapes["stored"].nbytes
@@ -129,12 +120,16 @@ def test_a_window_for_each_part():
     thetas = drifting(params, 6)
     run = oracles.Run(step, thetas, carry, xs, 6)
     rec = jaxbptt.record(step, window={"a": 2, "b": 4}, weights="replayed")
-    tape = rec.init(params, carry, xs[0])
-    for theta, x in zip(thetas, xs, strict=True):
-        tape, _ = rec(theta, tape, x)
+
+    @jax.jit
+    def go(stacked):
+        tape = rec.init(params, carry, xs[0])
+        tape, _ = lax.scan(lambda tape, row: rec(row[0], tape, row[1]), tape, stacked)
+        return rec.pullback(thetas[-1], tape, jnp.ones(1))
+
     part = again(run, thetas, 6, 4)
-    want = part.unrolled(4, [3, 1], [jnp.ones(())])
-    check_cotangents("replayed, parts", rec.pullback(thetas[-1], tape, jnp.ones(1)), want, 1e-12)
+    want = part.unrolled(4, [3, 1], [np.ones(())])
+    check_cotangents("replayed, parts", go(run.stacked), want, 1e-12)
 
 
 def test_closed_over_arrays_get_their_gradient_from_the_replayed_window():
@@ -156,4 +151,5 @@ def test_closed_over_arrays_get_their_gradient_from_the_replayed_window():
             c = lax.stop_gradient(c) if i == 0 else c
         return c**2
 
-    np.testing.assert_allclose(jax.grad(gradient)(0.8), jax.grad(unrolled)(0.8), rtol=1e-13)
+    got, want = jax.jit(lambda w: (jax.grad(gradient)(w), jax.grad(unrolled)(w)))(0.8)
+    np.testing.assert_allclose(got, want, rtol=1e-13)

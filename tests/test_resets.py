@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from harness import grid
 from jax import lax
 
 import jaxbptt
@@ -63,16 +64,23 @@ shared = with_resets(jax.vmap(cell, in_axes=(None, 0, 0)), initial)
 
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
-def piece_alone(params, start, xs, cut, ct_ys, ct_end):
-    """One sequence as one graph, the carry that enters step `cut` detached."""
-    carry, ys = initial(params) if start is None else going_on(start), []
-    for s, x in enumerate(xs):
-        older = jax.tree.map(functools.partial(jnp.where, cut == s), carry, carry)
-        detached = jax.tree.map(lax.stop_gradient, carry)
-        carry = jax.tree.map(functools.partial(jnp.where, cut == s), detached, older)
-        carry, y = cell(params, carry, x)
-        ys.append(y)
-    ys = jnp.stack(ys)
+def piece_alone(params, start, xs, goes_on, end, cut, ct_ys, ct_end):
+    """One sequence of `end` steps as one graph, the carry that enters step `cut` detached.
+
+    Its arrays are of the longest sequence's length, so that one program is for all of them.
+    """
+
+    def where(mask, a, b):
+        return jax.tree.map(functools.partial(jnp.where, mask), a, b)
+
+    def one(carry, row):
+        s, x = row
+        carry = where(s == cut, jax.tree.map(lax.stop_gradient, carry), carry)
+        new, y = cell(params, carry, x)
+        return where(s < end, new, carry), y
+
+    carry = where(goes_on, going_on(start), initial(params))
+    carry, ys = lax.scan(one, carry, (np.arange(len(xs)), xs))
     total = (ct_ys * ys).sum() + (ct_end["h"] * carry["h"]).sum() + ct_end["s"] * carry["s"]
     return total, ys
 
@@ -81,52 +89,59 @@ def row_alone(params, start, xs, is_first, ct_ys, ct_end, window, every):
     """A row cut into its sequences: ys, and cotangents of (params, start, xs) by group."""
     length = len(xs)
     bounds = [0, *(int(t) for t in np.flatnonzero(is_first) if t), length]
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+    zeros = functools.partial(jax.tree.map, np.zeros_like)
     ends = [min(first + every, length) for first in range(0, length, every)]
     groups, rows = [zeros((params, start, xs)) for _ in ends], []
     for begin, stop in itertools.pairwise(bounds):
-        own = None if is_first[begin] else start
+        steps = stop - begin
+        goes_on = not is_first[begin]
+        own_xs = moved(xs, begin, 0, steps)
         for g, end in enumerate(ends):
             first = g * every
             # Groups are laid over the whole run, and reach no further than the piece.
             oldest = oracles.reach(end, window or length + every, every, end - first) - 1
-            at, cut = jnp.arange(begin, stop)[:, None], oldest - begin
+            at, cut = np.arange(length)[:, None], oldest - begin
             inside = (at >= max(first, oldest)) & (at < end)
-            ct = jnp.where(inside, ct_ys[begin:stop], 0.0)
+            ct = moved(np.where(inside, ct_ys, 0.0), begin, 0, steps)
             last = ct_end if end == stop == length else zeros(ct_end)
-            args = params, own, xs[begin:stop], cut if cut > 0 else -1, ct, last
-            (_, ys), (of_params, of_start, of_xs) = piece_alone(*args)
-            of_start = zeros(start) if own is None else of_start
-            of_xs = jnp.zeros(length).at[begin:stop].set(of_xs)
-            groups[g] = jax.tree.map(jnp.add, groups[g], (of_params, of_start, of_xs))
-        rows.append(ys)
-    return jnp.concatenate(rows), oracles.stack(groups)
+            args = params, start, own_xs, goes_on, steps, cut if cut > 0 else -1, ct, last
+            (_, ys), found = jax.device_get(piece_alone(*args))
+            found = *found[:2], moved(found[2], 0, begin, steps)
+            groups[g] = jax.tree.map(np.add, groups[g], found)
+        rows.append(ys[:steps])
+    return np.concatenate(rows), oracles.stack(groups)
+
+
+def moved(rows, begin, to, count):
+    """So many rows put elsewhere, zeros around them."""
+    new = np.zeros_like(rows)
+    new[to : to + count] = rows[begin : begin + count]
+    return new
 
 
 def alone(params, window, every, ct_end=CT_END):
     """ys (rows, length, ...) and cotangents (rows, groups, ...) of the rows one by one."""
-    rows = [
-        row_alone(
-            *jax.tree.map(lambda v: v[row], (params, START)),  # noqa: B023  called at once
-            *(v[:, row] for v in (XS, IS_FIRST, CT_YS)),
-            jax.tree.map(lambda v: v[row], ct_end),  # noqa: B023
-            window,
-            every,
-        )
-        for row in range(ROWS)
-    ]
+    by_row = jax.device_get((params, START, ct_end))
+    by_step = jax.device_get((XS, IS_FIRST, CT_YS))
+    rows = []
+    for row in range(ROWS):
+        own, start, last = jax.tree.map(lambda v: v[row], by_row)  # noqa: B023  called at once
+        steps = (v[:, row] for v in by_step)
+        rows.append(row_alone(own, start, *steps, last, window, every))
     return oracles.stack(rows)
 
 
 def summed(tree, axis):
-    return jax.tree.map(lambda v: v.sum(axis), tree)
+    return jax.tree.map(lambda v: np.asarray(v).sum(axis), tree)
 
 
 # -------------------------------------------------------------------- packed sequences
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("window", [1, 3, None])
+SCANS = list(itertools.product([1, 3, None], [1, 3]))
+
+
+@pytest.mark.parametrize(("window", "every"), grid(SCANS, always=[(1, 3), (3, 1), (None, 3)]))
 def test_scan_treats_each_piece_of_a_packed_batch_as_a_sequence_of_its_own(window, every):
     def total(params, start, xs):
         end, ys = jaxbptt.scan(
@@ -170,17 +185,27 @@ def loss_loop(step, params, window, every, weights="stored"):
         (loss, tape), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return tape, (loss, grads)
 
-    tape = rec.init(params, going_on(START), jax.tree.map(lambda v: v[0], inputs))
-    return jax.jit(lambda tape: lax.scan(update, tape, inputs)[1])(tape)
+    @jax.jit
+    def run(inputs):
+        tape = rec.init(params, going_on(START), jax.tree.map(lambda v: v[0], inputs))
+        return lax.scan(update, tape, inputs)[1]
+
+    return jax.device_get(run(inputs))
 
 
-@pytest.mark.parametrize("weights", ["stored", "current"])
-@pytest.mark.parametrize(("window", "every"), [(1, 1), (3, 1), (3, 3), (5, 3)])
+LOOPS = [(*w, by) for w in [(1, 1), (3, 1), (3, 3), (5, 3)] for by in ("stored", "current")]
+
+
+@pytest.mark.parametrize(
+    ("window", "every", "weights"),
+    grid(LOOPS, always=[(3, 1, "current"), (5, 3, "stored")]),
+)
 def test_a_recording_loop_treats_each_piece_as_a_sequence_of_its_own(window, every, weights):
     losses, grads = loss_loop(batched, PARAMS, window, every, weights)
     ys, (want, _, _) = alone(PARAMS, window, every, NO_END)
     label = f"resets, record {window}/{every} {weights}"
-    oracles.check(f"{label}, losses", losses, (CT_YS.swapaxes(0, 1) * ys).sum((0, 2)), 1e-12)
+    want_losses = (np.asarray(CT_YS).swapaxes(0, 1) * ys).sum((0, 2))
+    oracles.check(f"{label}, losses", losses, want_losses, 1e-12)
     got = jax.tree.map(lambda v: v[every - 1 :: every], grads)
     for g in range(LENGTH // every):
         at = jax.tree.map(lambda v: v[g], got), jax.tree.map(lambda v: v[:, g], want)  # noqa: B023
@@ -191,7 +216,7 @@ def test_a_recording_loop_treats_each_piece_as_a_sequence_of_its_own(window, eve
 def test_a_learned_start_has_a_gradient_while_its_reset_is_in_the_window():
     window = 2
     _, grads = loss_loop(shared, SHARED, window, 1)
-    repeated = jax.tree.map(lambda v: jnp.broadcast_to(v, (ROWS, *v.shape)), SHARED)
+    repeated = jax.tree.map(lambda v: np.broadcast_to(v, (ROWS, *v.shape)), SHARED)
     _, (want, _, _) = alone(repeated, window, 1, NO_END)
     oracles.check("resets, learned start", grads, summed(want, 0), 1e-12)
     seen = [bool(IS_FIRST[max(t - window + 1, 0) : t + 1].any()) for t in range(LENGTH)]
@@ -244,6 +269,7 @@ def test_an_initial_carry_that_is_closed_over_has_the_gradient_of_one_in_the_par
     oracles.check("resets, closed over", got[0]["w"], want["w"], 1e-12)
 
 
+@pytest.mark.exhaustive
 def test_documents_packed_into_rows_have_the_loss_and_gradient_of_documents_one_by_one():
     rng = np.random.default_rng(0)
     lengths = [[5, 3], [3, 2, 3], [8]]  # documents by row; all rows are full
@@ -287,7 +313,7 @@ def test_vmap_over_scalar_flags_is_the_flag_of_a_batch():
     np.testing.assert_array_equal(got[1][0]["n"], want[1][0]["n"])
 
 
-@pytest.mark.parametrize("with_nan", ["h", "s"])
+@pytest.mark.parametrize("with_nan", grid(["h", "s"], always=["s"]))
 def test_nan_in_an_abandoned_carry_reaches_neither_scan_nor_its_gradient(with_nan):
     flags = jnp.asarray(IS_FIRST).at[0].set(True)
 
@@ -303,13 +329,13 @@ def test_nan_in_an_abandoned_carry_reaches_neither_scan_nor_its_gradient(with_na
     assert not any(leaf.any() for leaf in jax.tree.leaves(got[1][1]))
 
 
-@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize("weights", grid(["stored", "current"], always=["current"]))
 def test_nan_in_an_abandoned_carry_does_not_reach_a_recorded_gradient(weights):
     rec = jaxbptt.record(batched, window=3, weights=weights)
     inputs = XS[4], jnp.asarray([True, False, True, False])
-    tape = rec.init(PARAMS, going_on(START), inputs)
+    tape, call = rec.init(PARAMS, going_on(START), inputs), jax.jit(rec)
     for _ in range(2):  # finite steps in the window, abandoned too
-        tape, _ = jax.jit(rec)(PARAMS, tape, inputs)
+        tape, _ = call(PARAMS, tape, inputs)
     hole = jnp.where(inputs[1], jnp.nan, 0.0)
     broken = tape.carry | {"h": tape.carry["h"] + hole[:, None], "s": tape.carry["s"] + hole}
 
@@ -322,8 +348,11 @@ def test_nan_in_an_abandoned_carry_does_not_reach_a_recorded_gradient(weights):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(want))
 
 
+DTYPES = ["bool", "int8", "uint32", "bfloat16", "float32", "complex64", "complex128", "key"]
+
+
 @pytest.mark.parametrize(
-    "dtype", ["bool", "int8", "uint32", "bfloat16", "float32", "complex64", "complex128", "key"]
+    "dtype", grid(DTYPES, always=["bool", "uint32", "bfloat16", "complex64", "key"])
 )
 def test_leaves_of_any_dtype_start_from_the_initial_ones(dtype):
     def leaf(seed, *shape):
@@ -341,13 +370,13 @@ def test_leaves_of_any_dtype_start_from_the_initial_ones(dtype):
     fresh = {"flat": leaf(2), "deep": [leaf(3, 3), None]}
     flags = jnp.asarray([True, False, False, True])
     step = with_resets(lambda params, carry, x: (carry, x), fresh)
-    got, x = step((), carry, ("untouched", flags))
-    assert x == "untouched"
-    for row, first in enumerate(flags):
-        for path in (lambda c: c["flat"], lambda c: c["deep"][0]):
-            want = path(fresh) if first else path(carry)[row]
-            assert path(got).dtype == path(carry).dtype
-            np.testing.assert_array_equal(shown(path(got)[row]), shown(want))
+    assert step((), carry, ("untouched", flags))[1] == "untouched"
+    got, _ = jax.jit(step)((), carry, (0.0, flags))
+    for path in (lambda c: c["flat"], lambda c: c["deep"][0]):
+        assert path(got).dtype == path(carry).dtype
+        result, old, new = (shown(path(tree)) for tree in (got, carry, fresh))
+        for row, first in enumerate(flags):
+            np.testing.assert_array_equal(result[row], new if first else old[row])
 
 
 def test_keys_in_the_carry_make_the_noise_of_separate_sequences():
@@ -360,21 +389,28 @@ def test_keys_in_the_carry_make_the_noise_of_separate_sequences():
         return {"key": jax.random.key(seed), "h": jnp.asarray(0.5)}
 
     xs, is_first = normal(0, 7), np.arange(7) == 4
-    packed = functools.partial(with_resets(step, start(1)), 0.9)
-    _, ys = jaxbptt.scan(packed, start(0), (xs, is_first), window=2)
     rec = jaxbptt.record(with_resets(step, start(1)), window=2)
-    _, recorded = lax.scan(
-        functools.partial(rec, 0.9), rec.init(0.9, start(0), (xs[0], False)), (xs, is_first)
-    )
-    f = functools.partial(step, 0.9)
-    want = jnp.concatenate([lax.scan(f, start(0), xs[:4])[1], lax.scan(f, start(1), xs[4:])[1]])
-    oracles.check("resets, keys", [ys, recorded], [want, want], 1e-12)
+
+    @jax.jit
+    def packed(xs, is_first):
+        _, ys = jaxbptt.scan(functools.partial(rec.step, 0.9), start(0), (xs, is_first), window=2)
+        tape = rec.init(0.9, start(0), (xs[0], False))
+        return ys, lax.scan(functools.partial(rec, 0.9), tape, (xs, is_first))[1]
+
+    @jax.jit
+    def separate(xs):
+        f = functools.partial(step, 0.9)
+        pieces = [lax.scan(f, start(0), xs[:4])[1], lax.scan(f, start(1), xs[4:])[1]]
+        return jnp.concatenate(pieces)
+
+    want = separate(xs)
+    oracles.check("resets, keys", packed(xs, is_first), (want, want), 1e-12)
 
 
 def test_one_flag_without_axes_resets_the_whole_batch():
     one = jnp.asarray(True)
-    got, _ = batched(PARAMS, going_on(START), (XS[0], one))
-    want, _ = jax.vmap(cell)(PARAMS, jax.vmap(initial)(PARAMS), XS[0])
+    got, _ = jax.jit(batched)(PARAMS, going_on(START), (XS[0], one))
+    want, _ = jax.jit(jax.vmap(lambda params, x: cell(params, initial(params), x)))(PARAMS, XS[0])
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -464,21 +500,31 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_a_sentence_when_the_step_is_traced(fault):
     step = with_resets(jax.vmap(cell), fault.initial)
-    with pytest.raises(ValueError, match=fault.match):
+    with pytest.raises(
+        ValueError,
+        match=fault.match,
+    ):
         step(PARAMS, going_on(START), fault.inputs)
 
 
 def test_a_fault_shows_through_record_and_scan():
     step = with_resets(jax.vmap(cell), {"h": GOOD["h"]})
-    with pytest.raises(ValueError, match="initial_carry must have the carry's structure"):
+    with pytest.raises(
+        ValueError,
+        match="initial_carry must have the carry's structure",
+    ):
         jaxbptt.record(step, window=2).init(PARAMS, going_on(START), (XS[0], IS_FIRST[0]))
     f = functools.partial(step, PARAMS)
-    with pytest.raises(ValueError, match="initial_carry must have the carry's structure"):
+    with pytest.raises(
+        ValueError,
+        match="initial_carry must have the carry's structure",
+    ):
         jaxbptt.scan(f, going_on(START), (XS, IS_FIRST), window=2)
 
 
 def test_a_step_that_is_no_function_is_refused():
     with pytest.raises(
-        ValueError, match=re.escape("step must be a function step(params, carry, x)")
+        ValueError,
+        match=re.escape("step must be a function step(params, carry, x)"),
     ):
         with_resets(GOOD, initial)

@@ -18,17 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import PATIENCE, environment
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbptt
+from jaxbptt._manifest import sealed
 
 pytest.importorskip("orbax.checkpoint")
 optax = pytest.importorskip("optax")
 
-ROOT = Path(jaxbptt.__file__).parents[1]
 CHILD = Path(__file__).parent / "resume_child.py"
 KILLS = 10
+BLOCKS = 80  # of the whole run
+AHEAD = 3  # blocks that a life may train while it is about to be killed: it never comes to the end
 
 
 # ------------------------------------------------------------------ killed
@@ -38,27 +41,21 @@ class Life:
     """A child process, warmed up and waiting; see `resume_child.py`."""
 
     def __init__(self, seed, folder, log, directory, result):
-        env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-        env |= {"PYTHONPATH": path, "PYTHONHASHSEED": str(seed)}  # another order of sets
-        # What one has compiled the others read.
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
-        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.process = subprocess.Popen(
             [sys.executable, str(CHILD), directory, folder / result],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=env,
+            env=environment(PYTHONHASHSEED=str(seed)),  # another order of sets
         )
-        self.watchdog = threading.Timer(120, self.process.kill)
+        self.watchdog = threading.Timer(PATIENCE, self.process.kill)
         self.watchdog.start()
 
-    def begin(self):
-        """Lets it train; returns the position it goes on from."""
+    def begin(self, blocks=0):
+        """Lets it begin, and train so many blocks; returns the position it goes on from."""
         assert self.process.stdout.readline() == "ready\n"
-        self.process.stdin.write("go\n")
+        self.process.stdin.write("go\n" * (1 + blocks))
         self.process.stdin.flush()
         return self.progress()
 
@@ -68,7 +65,7 @@ class Life:
         return self.at
 
     def end(self, *, kill):
-        """Kills it or waits for it; returns the position it has told of, and its exit code."""
+        """Kills it or lets it end; returns the position it has told of, and its exit code."""
         if kill:
             self.process.kill()
         said, _ = self.process.communicate()
@@ -82,18 +79,20 @@ def marks(path):
     return path.name, found.st_ino, found.st_mtime_ns
 
 
+@pytest.mark.slow
 def test_a_run_killed_ten_times_ends_as_one_that_never_stopped(tmp_path):
     chance, unfinished, lost, at, begun = random.Random(0), 0, 0, 0, set()
     directory = tmp_path / "checkpoints"
     with open(tmp_path / "stderr", "w+") as log:
         alone = Life(99, tmp_path, log, "-", "alone")
-        alone.begin()
+        alone.begin(BLOCKS)
         following = Life(0, tmp_path, log, directory, "resumed")
         for i in range(KILLS):
             life, following = following, Life(i + 1, tmp_path, log, directory, "resumed")
-            start = life.begin()
+            blocks = chance.randint(2, 6)
+            start = life.begin(blocks + AHEAD)
             lost += start < at
-            for _ in range(chance.randint(2, 6)):
+            for _ in range(blocks):
                 life.progress()
             pause = chance.uniform(0, 0.15)
             time.sleep(pause)
@@ -182,7 +181,7 @@ def manifest_of(store, step):
 def edit(store, step, **changes):
     """Writes something else into the manifest of a checkpoint."""
     path = manifest_of(store, step)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
 
 
 @pytest.mark.parametrize(("every", "weights"), [(1, "stored"), (3, "current"), (3, "replayed")])

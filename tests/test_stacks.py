@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import draw, grid
 from jax import lax
 
 import jaxbptt
@@ -32,10 +33,6 @@ STATE = jax.random.key(0), jnp.zeros(3)
 KINDS = jax.eval_shape(many_types, STATE, STATE[1])[1]
 
 
-def rows(*shape):
-    return jax.random.normal(jax.random.key(1), shape)
-
-
 def raw(tree):
     """Of keys their words, so that all can be compared."""
 
@@ -52,33 +49,55 @@ def same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("length", "unroll"), [(0, 1), (1, 1), (5, 1), (5, 2)])
+@pytest.mark.parametrize(
+    ("length", "unroll", "reverse"),
+    grid(
+        [(*how, reverse) for how in ((0, 1), (1, 1), (5, 1), (5, 2)) for reverse in (False, True)],
+        always=[(0, 1, False), (1, 1, True), (5, 1, True), (5, 2, False)],
+    ),
+)
 def test_it_is_lax_scan(length, unroll, reverse):
-    xs, how = rows(length, 3), {"reverse": reverse, "unroll": unroll}
-    got = scan_stacking(many_types, STATE, xs, KINDS, length, first=0, **how)
-    same(got, lax.scan(many_types, STATE, xs, **how))
+    how = {"reverse": reverse, "unroll": unroll}
+
+    @jax.jit
+    def both(xs):
+        ours = scan_stacking(many_types, STATE, xs, KINDS, length, first=0, **how)
+        return ours, lax.scan(many_types, STATE, xs, **how)
+
+    same(*both(draw(1, length, 3, scale=1.0)))
 
 
 def test_of_many_runs_at_once_too():
-    xs = rows(4, 5, 3)
-    got = jax.vmap(lambda xs: scan_stacking(many_types, STATE, xs, KINDS, 5, first=0))(xs)
-    same(got, jax.vmap(lambda xs: lax.scan(many_types, STATE, xs))(xs))
+    @jax.jit
+    @jax.vmap
+    def both(xs):
+        ours = scan_stacking(many_types, STATE, xs, KINDS, 5, first=0)
+        return ours, lax.scan(many_types, STATE, xs)
+
+    same(*both(draw(1, 4, 5, 3, scale=1.0)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.int4, jnp.int8, jnp.float8_e4m3fn])
-def test_there_may_be_more_stacks_than_a_dtype_has_numbers(dtype):
-    kinds = [jax.ShapeDtypeStruct((), dtype)] * 300
-    trip = lambda state, row: (state, [row] * 300)  # noqa: E731
-    xs = jnp.arange(3).astype(dtype)
-    _, stacks = scan_stacking(trip, None, xs, kinds, 3, first=96)
-    assert all(bool((stack == xs).all()) for stack in stacks)
+@pytest.mark.parametrize(
+    ("dtype", "many"),
+    grid(
+        [(d, n) for d in ("bool", "int4", "int8", "float8_e4m3fn") for n in (120, 300)],
+        # More than the loop has numbers to begin with; and than one byte has, where that is quick.
+        always=[("bool", 300), ("int4", 120), ("int8", 300), ("float8_e4m3fn", 120)],
+    ),
+)
+def test_there_may_be_more_stacks_than_a_dtype_has_numbers(dtype, many):
+    kinds = [jax.ShapeDtypeStruct((), dtype)] * many
+    trip = lambda state, row: (state, [row] * many)  # noqa: E731
+    xs = jnp.asarray(np.arange(3), dtype)
+    stacks = jax.jit(lambda xs: scan_stacking(trip, None, xs, kinds, 3, first=96)[1])(xs)
+    assert len(stacks) == many
+    assert all(np.array_equal(stack, xs) for stack in stacks)
 
 
 # ------------------------------------------------- what the compiler makes of it
 
 WINDOW, BATCH, HIDDEN = 7, 2, 5  # so few rows that products are left to be contracted
-PARAMS = [{"u": 0.3 * u, "v": 0.3 * v} for u, v in rows(3, 2, HIDDEN, HIDDEN)]
+PARAMS = [{"u": 0.3 * u, "v": 0.3 * v} for u, v in draw(2, 3, 2, HIDDEN, HIDDEN, scale=1.0)]
 
 
 def layers(params, carry, x):
@@ -111,7 +130,7 @@ def online(weights):
         grads, tape = jax.grad(loss_fn, has_aux=True)(state[0])
         return (sgd(state[0], grads), tape), None
 
-    xs = rows(20, BATCH, HIDDEN)
+    xs = draw(3, 20, BATCH, HIDDEN)
     state = PARAMS, rec.init(PARAMS, first_carry(), xs[0])
     return lambda state: lax.scan(update, state, xs)[0], state
 
@@ -128,7 +147,7 @@ def chunks(window, length=WINDOW):
         grads, carry = jax.grad(loss_fn, has_aux=True)(state[0])
         return (sgd(state[0], grads), carry), None
 
-    xs = rows(4, length, BATCH, HIDDEN)
+    xs = draw(3, 4, length, BATCH, HIDDEN)
     return lambda state: lax.scan(update, state, xs)[0], (PARAMS, first_carry())
 
 
@@ -142,6 +161,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_stack_begins_as_a_copy(name):
     make, length = PROGRAMS[name]

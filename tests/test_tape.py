@@ -1,7 +1,7 @@
 """The tape: one layout, one trace, counters that stay small, a ring that is never copied."""
 
 import functools
-import re
+import itertools
 
 import jax
 import jax.export
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from harness import grid
 from jax import lax
+from jaxprs import rings_made_anew
 
 import jaxbptt
 
@@ -30,9 +32,11 @@ def layout(tape):
     return jax.tree.structure(tape), avals
 
 
-def run(recorder, length, tape=None, params=PARAMS):
-    tape = recorder.init(params, CARRY, XS[0]) if tape is None else tape
-    return lax.scan(lambda t, x: (recorder(params, t, x)[0], None), tape, XS[:length])[0]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(recorder, length):
+    """The tape after so many steps."""
+    tape = recorder.init(PARAMS, CARRY, XS[0])
+    return lax.scan(lambda t, x: (recorder(PARAMS, t, x)[0], None), tape, XS[:length])[0]
 
 
 # -------------------------------------------------------------------- layout
@@ -46,7 +50,7 @@ def scalar_step(params, c, x):
 SCALARS = {"a": jnp.float64(0.5), "b": jnp.float64(-1.0)}
 
 
-@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize("weights", grid(["stored", "current"], always=["current"]))
 def test_one_layout_for_all_ways_to_call(weights):
     recorder = jaxbptt.record(scalar_step, window=3, weights=weights)
     kinds = {
@@ -82,7 +86,7 @@ def test_results_are_the_same_for_all_ways_to_call():
     for x in (1.0, 0.3, -0.4, 0.9):
         one, _ = recorder(numbers[0], one, x)
         two, _ = jitted(SCALARS, two, jnp.float64(x))
-    got = jax.jit(recorder.pullback)(SCALARS, one, jnp.ones(1)).params
+    got = jax.jit(recorder.pullback)(SCALARS, one, np.ones(1)).params
     want = recorder.pullback(numbers[0], two, np.ones(1)).params
     oracles.check("eager with numbers, jitted with arrays", got, want, 1e-14)
 
@@ -96,20 +100,21 @@ def test_float32_inputs_make_a_float32_tape_under_x64():
 
 def test_a_tape_made_in_one_jit_is_used_in_another():
     recorder = jaxbptt.record(step, window=4)
-    tape = jax.jit(functools.partial(run, recorder, 5))()
+    tape = run(recorder, 5)
     again = jax.jit(lambda tape: lax.scan(lambda t, x: recorder(PARAMS, t, x), tape, XS[5:7])[0])
-    tape = jaxbptt.record(step, window=4)(PARAMS, again(tape), XS[7])[0]
-    got = jax.jit(recorder.pullback)(PARAMS, tape, jnp.ones(1))
-    want = oracles.Run(step, PARAMS, CARRY, XS[:8], 8).unrolled(8, 5, [jnp.ones(())])
+    tape = jax.jit(jaxbptt.record(step, window=4))(PARAMS, again(tape), XS[7])[0]
+    got = jax.jit(recorder.pullback)(PARAMS, tape, np.ones(1))
+    want = oracles.Run(step, PARAMS, CARRY, XS[:8], 8).unrolled(8, 5, [np.ones(())])
     oracles.check_cotangents("tape through three jits", got, want, 1e-12)
 
 
 def test_a_tape_is_a_pytree():
     recorder = jaxbptt.record(step, window=4)
     tape = run(recorder, 5)
-    want = recorder.pullback(PARAMS, tape, jnp.ones(2)).params
+    pull = jax.jit(recorder.pullback)
+    want = pull(PARAMS, tape, np.ones(2)).params
     copies = {
-        "tree.map": jax.tree.map(lambda v: v + 0, tape),
+        "tree.map": jax.tree.map(jnp.array, tape),
         "flatten": jax.tree.unflatten(jax.tree.structure(tape), jax.tree.leaves(tape)),
         "device_put": jax.device_put(tape, jax.devices()[1]),
         "numpy": jax.tree.map(np.asarray, tape),
@@ -120,8 +125,11 @@ def test_a_tape_is_a_pytree():
     for name, copy in copies.items():
         params = jax.device_put(PARAMS, jax.devices()[1 if name == "device_put" else 0])
         assert isinstance(copy, jaxbptt.Tape)
-        got = recorder.pullback(params, copy, jnp.ones(2)).params
+        got = pull(params, copy, np.ones(2)).params
         oracles.check(f"tape through {name}", got, want, 0.0)
+    # Not traced, NumPy's arrays meet the library as they are, and are computed with one by one.
+    got = recorder.pullback(PARAMS, copies["numpy"], np.ones(2)).params
+    oracles.check("tape of NumPy's arrays, not traced", got, want, 1e-14)
 
 
 def test_a_recorder_is_static_by_value():
@@ -172,7 +180,7 @@ def counting(step):
     return counted, traces
 
 
-@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize("weights", grid(["stored", "current"], always=["current"]))
 def test_traces_are_few_and_do_not_depend_on_the_window(weights):
     counts = {}
     for window, every in ((1, 1), (2, 1), (50, 1), (6, 3)):
@@ -219,7 +227,10 @@ def test_another_shape_traces_again():
 # ------------------------------------------------------------------ counters
 
 
-@pytest.mark.parametrize(("window", "every"), [(3, 4), (4, 3), (1, 1), (5, 5), (2, 7)])
+COUNTERS = [(3, 4), (4, 3), (1, 1), (5, 5), (2, 7)]
+
+
+@pytest.mark.parametrize(("window", "every"), grid(COUNTERS, always=[(3, 4), (4, 3), (1, 1)]))
 def test_counters_follow_python_ints_for_ten_thousand_steps(window, every):
     steps = 10_000
     recorder = jaxbptt.record(lambda p, c, x: (c + 1, x), window=window, every=every)
@@ -231,7 +242,7 @@ def test_counters_follow_python_ints_for_ten_thousand_steps(window, every):
             tape, _ = recorder(None, tape, x)
             return tape, (tape.carry, tape.length, recorder.due(tape), small(tape))
 
-        return lax.scan(one, tape, None if steps is None else jnp.zeros(steps))
+        return lax.scan(one, tape, jnp.zeros(steps))
 
     def small(tape):
         """Every integer on the tape but the user's own."""
@@ -261,50 +272,56 @@ def test_counters_are_32_bits_wide_however_large_the_default_int():
 def test_gradient_does_not_drift_after_thousands_of_steps():
     # After n steps of a periodic drive the window's gradient is that of a fresh tape.
     recorder = jaxbptt.record(step, window=3)
-    drive = jnp.tile(XS[:4], (1000, 1))
-    tape = recorder.init(PARAMS, CARRY, XS[0])
-    tape = jax.jit(lambda t: lax.scan(lambda t, x: recorder(PARAMS, t, x), t, drive)[0])(tape)
-    got = recorder.pullback(PARAMS, tape, jnp.ones(1)).params
-    older = lax.scan(lambda c, x: step(PARAMS, c, x), CARRY, drive[:-3])[0]
-    want = oracles.Run(step, PARAMS, older, drive[-3:], 3).unrolled(3, 1, [jnp.ones(())])
+    drive = np.tile(XS[:4], (1000, 1))
+
+    @jax.jit
+    def recorded(drive):
+        tape = recorder.init(PARAMS, CARRY, XS[0])
+        tape, _ = lax.scan(lambda t, x: recorder(PARAMS, t, x), tape, drive)
+        return recorder.pullback(PARAMS, tape, np.ones(1)).params
+
+    got = recorded(drive)
+    older = jax.jit(lambda xs: lax.scan(lambda c, x: step(PARAMS, c, x), CARRY, xs)[0])(drive[:-3])
+    want = oracles.Run(step, PARAMS, older, drive[-3:], 3).unrolled(3, 1, [np.ones(())])
     oracles.check("after 4000 steps", got, want.params, 1e-12)
 
 
 def test_length_and_due_by_step():
     recorder = jaxbptt.record(step, window=3, every=2)
+    call = jax.jit(recorder)
     tape = recorder.init(PARAMS, CARRY, XS[0])
     seen = [(int(tape.length), bool(recorder.due(tape)))]
-    for x in XS[:5]:
-        tape, _ = recorder(PARAMS, tape, x)
+    for x in np.asarray(XS[:5]):
+        tape, _ = call(PARAMS, tape, x)
         seen.append((int(tape.length), bool(recorder.due(tape))))
     assert seen == [(0, False), (1, False), (2, True), (3, False), (3, True), (3, False)]
     assert tape.length.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("window", [2, 3, 5])
+@pytest.mark.parametrize("window", grid([2, 3, 5], always=[2, 5]))
 def test_a_group_has_its_gradient_where_it_is_due_and_zeros_elsewhere(window):
     recorder = jaxbptt.record(step, window=window, every=3)
 
     @jax.jit
-    def grads(tape, x):
-        def loss_fn(params):
-            new_tape, y = recorder(params, tape, x)
-            return y, new_tape
+    def grads(xs):
+        def one(tape, x):
+            def loss_fn(params):
+                new_tape, y = recorder(params, tape, x)
+                return y, new_tape
 
-        ct, tape = jax.grad(loss_fn, has_aux=True)(PARAMS)
-        return ct, tape, recorder.due(tape)
+            ct, tape = jax.grad(loss_fn, has_aux=True)(PARAMS)
+            return tape, (ct["w"], recorder.due(tape))
 
-    reference = oracles.Run(step, PARAMS, CARRY, XS, 12)
-    tape, rows = recorder.init(PARAMS, CARRY, XS[0]), min(window, 3)
-    for t, x in enumerate(XS[:9], start=1):
-        ct, tape, due = grads(tape, x)
-        assert bool(due) == (t % 3 == 0)
-        if not due:
-            assert not np.any(ct["w"])
-            continue
+        return lax.scan(one, recorder.init(PARAMS, CARRY, xs[0]), xs)[1]
+
+    reference, rows = oracles.Run(step, PARAMS, CARRY, XS, 12), min(window, 3)
+    cts, dues = jax.device_get(grads(XS[:9]))
+    assert dues.tolist() == [t % 3 == 0 for t in range(1, 10)]
+    assert not np.any(cts[~dues])
+    for t in (3, 6, 9):
         oldest = oracles.reach(t, window, 3, 3)
-        want = reference.unrolled(t, oldest, [jnp.ones(())] * rows)
-        oracles.check("a group of three", ct, want.params, 1e-12)
+        want = reference.unrolled(t, oldest, [np.ones(())] * rows)
+        oracles.check("a group of three", {"w": cts[t - 1]}, want.params, 1e-12)
 
 
 # ------------------------------------------------------ clear, replace, nbytes
@@ -313,7 +330,7 @@ def test_a_group_has_its_gradient_where_it_is_due_and_zeros_elsewhere(window):
 @pytest.mark.parametrize("every", [1, 2])
 def test_clear_forgets_the_steps_and_keeps_the_carry(every):
     recorder = jaxbptt.record(step, window=3, every=every)
-    tape = run(recorder, 5)
+    call, pull, tape = jax.jit(recorder), jax.jit(recorder.pullback), run(recorder, 5)
     cleared = jax.jit(recorder.clear)(tape)
     fresh = recorder.init(PARAMS, tape.carry, XS[0])
     assert layout(cleared) == layout(fresh)
@@ -321,12 +338,12 @@ def test_clear_forgets_the_steps_and_keeps_the_carry(every):
     for got, want in zip(jax.tree.leaves(cleared), jax.tree.leaves(fresh), strict=True):
         np.testing.assert_array_equal(got, want)
     assert int(cleared.length) == 0
-    for x in XS[5:7]:
-        (cleared, _), (fresh, _) = recorder(PARAMS, cleared, x), recorder(PARAMS, fresh, x)
+    for x in np.asarray(XS[5:7]):
+        (cleared, _), (fresh, _) = call(PARAMS, cleared, x), call(PARAMS, fresh, x)
         assert bool(recorder.due(cleared)) == bool(recorder.due(fresh))
-    got, want = (recorder.pullback(PARAMS, t, jnp.ones(every)).params for t in (cleared, fresh))
+    got, want = (pull(PARAMS, t, np.ones(every)).params for t in (cleared, fresh))
     oracles.check("after clear", got, want, 0.0)
-    older = recorder.pullback(PARAMS, run(recorder, 7), jnp.ones(every)).params
+    older = pull(PARAMS, run(recorder, 7), np.ones(every)).params
     assert oracles.relative_error(older, want) > 1e-3
 
 
@@ -336,8 +353,9 @@ def test_replace_puts_in_a_carry_and_keeps_the_steps():
     new = tape.replace(carry={"h": np.ones(3), "n": np.int32(40)})
     assert layout(new) == layout(tape)
     assert int(new.length) == 2
-    last, y = recorder(PARAMS, new, XS[2])
-    np.testing.assert_array_equal(y, step(PARAMS, {"h": jnp.ones(3), "n": 0}, XS[2])[1])
+    last, y = jax.jit(recorder)(PARAMS, new, XS[2])
+    now = {"h": np.ones(3), "n": np.int32(40)}
+    np.testing.assert_array_equal(y, jax.jit(step)(PARAMS, now, XS[2])[1])
     assert int(last.carry["n"]) == 41
 
     def reset_between(w):
@@ -348,8 +366,8 @@ def test_replace_puts_in_a_carry_and_keeps_the_steps():
         h = carry["h"] + lax.stop_gradient(1 - carry["h"])
         return step(params, {"h": h, "n": 0}, XS[2])[1]
 
-    got = recorder.pullback(PARAMS, last, jnp.ones(1)).params["w"]
-    oracles.check("after replace", got, jax.grad(reset_between)(PARAMS["w"]), 1e-12)
+    got = jax.jit(recorder.pullback)(PARAMS, last, np.ones(1)).params["w"]
+    oracles.check("after replace", got, jax.jit(jax.grad(reset_between))(PARAMS["w"]), 1e-12)
     np.testing.assert_array_equal(tape.carry["h"], run(recorder, 2).carry["h"])
 
 
@@ -383,34 +401,6 @@ def test_nbytes_grows_with_the_window_alone():
 WINDOW = 13  # no other axis has this length
 
 
-# What hands a ring on, or writes one slot of it in place.
-IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "dynamic-update-slice"}
-
-
-def rings_made_anew(compiled, ring_shapes):
-    """The instructions of a compiled program that make another array of a ring's shape."""
-    shapes = {",".join(map(str, shape)) for shape in ring_shapes}
-    lines = compiled.as_text().splitlines()
-    roots, name = {}, None  # of each computation, the operation at its root
-    for line in lines:
-        if head := re.match(r"%?([\w.\-]+) \(.*\{\s*$", line):
-            name = head[1]
-        elif root := re.search(r"ROOT .*? = \S+ ([\w\-]+)\(", line):
-            roots[name] = root[1]
-    found = []
-    for line in lines:
-        # A copy-start has a pair for its result.
-        made = re.search(r"= \(?\w+\[([\d,]*)\][^=]*? ([\w\-]+)\(", line)
-        if not made or made[1] not in shapes:
-            continue
-        operation = made[2]
-        if operation == "fusion":
-            operation = roots[re.search(r"calls=%?([\w.\-]+)", line)[1]]
-        if operation not in IN_PLACE:
-            found.append(line.strip())
-    return found
-
-
 def ring_of(tape):
     return [v.shape for v in jax.tree.leaves(tape) if v.shape[:1] == (WINDOW,)]
 
@@ -439,10 +429,17 @@ def cell_arguments(blocks, dtype=F32):
     return params | {"wy": draw(h, o)}, draw(b, h), draw(29, b, d)
 
 
-@pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("weights", ["stored", "current"])
-@pytest.mark.parametrize(("step", "blocks"), [(rnn, 1), (gru, 3)], ids=["rnn", "gru"])
-def test_the_online_loop_copies_no_ring(step, blocks, weights, every):
+CELLS = {"rnn": (rnn, 1), "gru": (gru, 3)}
+LOOPS = list(itertools.product(CELLS, ["stored", "current"], [1, 4]))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("cell", "weights", "every"),
+    grid(LOOPS, always=[("rnn", "stored", 4), ("gru", "current", 1)]),
+)
+def test_the_online_loop_copies_no_ring(cell, weights, every):
+    step, blocks = CELLS[cell]
     params, carry, xs = cell_arguments(blocks)
     recorder = jaxbptt.record(step, window=WINDOW, every=every, weights=weights)
     tape = recorder.init(params, carry, xs[0])
@@ -453,6 +450,8 @@ def test_the_online_loop_copies_no_ring(step, blocks, weights, every):
     assert rings_made_anew(compiled, ring_of(tape)) == []
 
 
+@pytest.mark.exhaustive
+@pytest.mark.compiled
 @pytest.mark.parametrize("weights", ["stored", "current"])
 def test_a_donated_update_copies_no_ring(weights):
     params, carry, xs = cell_arguments(1)
@@ -472,8 +471,13 @@ def test_a_donated_update_copies_no_ring(weights):
     assert rings_made_anew(compiled, ring_of(tape)) == []
 
 
-@pytest.mark.parametrize("weights", ["stored", "current"])
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+EXPORTS = list(itertools.product(["cpu", "cuda", "tpu"], ["stored", "current"]))
+
+
+@pytest.mark.parametrize(
+    ("platform", "weights"),
+    grid(EXPORTS, always=[("cpu", "stored"), ("cuda", "current"), ("tpu", "current")]),
+)
 def test_only_a_tpu_multiplies_what_it_reads_by_one(platform, weights):
     params, carry, xs = cell_arguments(1)
     recorder = jaxbptt.record(rnn, window=WINDOW, weights=weights)
@@ -484,6 +488,7 @@ def test_only_a_tpu_multiplies_what_it_reads_by_one(platform, weights):
     assert ("optimization_barrier" in text) == (platform == "tpu")
 
 
+@pytest.mark.compiled
 def test_the_detector_sees_a_ring_written_as_a_whole():
     params, carry, xs = cell_arguments(1)
     tape = jaxbptt.record(rnn, window=WINDOW).init(params, carry, xs[0])
@@ -492,6 +497,8 @@ def test_the_detector_sees_a_ring_written_as_a_whole():
     assert len(rings_made_anew(rolled.lower(ring).compile(), ring_of(tape))) >= len(ring)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.compiled
 def test_the_detector_sees_a_copied_ring():
     # A loop that writes its ring while the old one is still to be read.
     params, carry, xs = cell_arguments(1)

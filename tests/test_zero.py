@@ -13,9 +13,8 @@ from jaxbptt._interpret import ZERO
 from jaxbptt._zero import remaining
 
 BATCH, HIDDEN, WORDS, WINDOW = 3, 4, 37, 6
-KEYS = jax.random.split(jax.random.key(0), 4)
-HEAD = jax.random.normal(KEYS[0], (HIDDEN, WORDS))
-TARGETS = jnp.array([5, 0, 36])
+HEAD = np.random.default_rng(0).normal(size=(HIDDEN, WORDS))
+TARGETS = np.array([5, 0, 36])
 
 
 def picked(logits):
@@ -59,23 +58,35 @@ LOSSES = {
 }
 
 
-def pullback(function, *primals):
-    y, pull = jax.vjp(function, *primals)
+H = np.random.default_rng(1).normal(size=(BATCH, HIDDEN))
+
+
+def pullback(name, h, head):
+    """The pullback of a loss of a head's logits, as a program, and the loss."""
+    y, pull = jax.vjp(lambda h, head: LOSSES[name](h @ head), h, head)
     return jax.make_jaxpr(pull)(y), y
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_of_a_loss_without_its_cotangent_nothing_is_left(name):
-    h = jax.random.normal(KEYS[1], (BATCH, HIDDEN))
-    closed, _ = pullback(lambda h, head: LOSSES[name](h @ head), h, HEAD)
-    assert all(v is ZERO for v in remaining(closed, [ZERO]))
+    left = []
+
+    def trace(h, head):
+        left.extend(remaining(pullback(name, h, head)[0], [ZERO]))
+
+    jax.eval_shape(trace, H, HEAD)
+    assert len(left) == 2
+    assert all(v is ZERO for v in left)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_with_its_cotangent_it_is_what_it_was(name):
-    h = jax.random.normal(KEYS[1], (BATCH, HIDDEN))
-    closed, y = pullback(lambda h, head: LOSSES[name](h @ head), h, HEAD)
-    for got, expected in zip(remaining(closed, [y]), core.jaxpr_as_fun(closed)(y), strict=True):
+    @jax.jit
+    def both(h, head):
+        closed, y = pullback(name, h, head)
+        return list(remaining(closed, [y])), core.jaxpr_as_fun(closed)(y)
+
+    for got, expected in zip(*both(H, HEAD), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
@@ -94,6 +105,19 @@ def test_what_is_not_of_a_cotangent_stays_as_it_is():
             np.testing.assert_array_equal(np.zeros(3) if got is ZERO else got, expected)
 
 
+@pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)])
+def test_a_selection_of_which_one_side_is_zero(given):
+    p, sides = np.array([True, False, True]), (np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0]))
+    closed = jax.make_jaxpr(lambda p, a, b: jnp.where(p, a, b))(p, *sides)
+    values = [v if there else ZERO for v, there in zip(sides, given, strict=True)]
+    (got,) = remaining(closed, [p, *values])
+    a, b = (np.zeros(3) if v is ZERO else v for v in values)
+    if any(given):
+        np.testing.assert_array_equal(got, np.where(p, a, b))
+    else:
+        assert got is ZERO
+
+
 def test_an_output_of_zeros_is_an_array():
     closed = jax.make_jaxpr(lambda a: (jnp.zeros(3), a + jnp.zeros(3)))(jnp.ones(3))
     first, second = remaining(closed, [jnp.ones(3)])
@@ -108,10 +132,11 @@ def test_the_loop_over_the_older_lags_has_nothing_of_the_head(name):
         return carry, jnp.sum(LOSSES[name](carry @ params["head"]))
 
     rec = jaxbptt.record(step, window=WINDOW)
-    params = {"w": jax.random.normal(KEYS[2], (HIDDEN, HIDDEN)), "head": HEAD}
-    x = jnp.ones((BATCH, HIDDEN))
-    tape = rec.init(params, jnp.zeros((BATCH, HIDDEN)), x)
-    loops = loops_of(jax.make_jaxpr(jax.grad(lambda p: rec(p, tape, x)[1]))(params).jaxpr)
+    params = {"w": np.ones((HIDDEN, HIDDEN)), "head": HEAD}
+    x = np.ones((BATCH, HIDDEN))
+    tape = jax.eval_shape(rec.init, params, np.zeros((BATCH, HIDDEN)), x)
+    grad = jax.grad(lambda p, tape: rec(p, tape, x)[1])
+    loops = loops_of(jax.make_jaxpr(grad)(params, tape).jaxpr)
     older = [body for length, body in loops if length == WINDOW - 1]
     assert older
     heavy = ("dot_general", "exp", "mul", "scatter-add", "select_n")

@@ -481,6 +481,24 @@ def stacked_layers(dtype):
 
 
 @_inhabitant
+def reversed_layers(dtype):
+    """An inner scan over layers in reverse, one of whose carries depends on weights alone."""
+
+    def step(params, h, x):
+        def layer(carry, w):
+            s, u = carry
+            s = jnp.tanh(s * w.sum())
+            return (s, jnp.tanh(u @ w * s)), None
+
+        start = jnp.tanh(params["s"]), h + x @ params["wx"]
+        (_, h), _ = lax.scan(layer, start, params["w"], reverse=True)
+        return h, h
+
+    params = {"s": normal(1, dtype), "wx": normal(2, dtype, D, H), "w": normal(3, dtype, 3, H, H)}
+    return Case(step, params, _h(dtype), _xs(dtype))
+
+
+@_inhabitant
 def cond(dtype):
     """A branch chosen by the input."""
 

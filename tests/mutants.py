@@ -1,0 +1,585 @@
+"""Small faults of the library, and whether the tests find them: python tests/mutants.py.
+
+Each is one line that a real change could have got wrong. A copy of the project is given one after
+the other, and the tests that should notice run there until the first fails. What survives is
+a gap in the tests, or no fault.
+
+    python tests/mutants.py                        the default tier finds how many?
+    python tests/mutants.py --tier exhaustive      all tiers together: how many?
+    python tests/mutants.py --only _groups         faults whose name or module says so
+    python tests/mutants.py --jobs 2 --shard 1/4   two at a time, every fourth of them
+"""
+
+import argparse
+import collections
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 900  # seconds, after which a run counts as one that never ends
+# What is no part of the project, and what other runs have left in its folder.
+LEFT_OUT = shutil.ignore_patterns(
+    ".[!c]*", "__pycache__", "build", "dist", "runs", "site", "*.egg-info"
+)
+
+
+class Fault(NamedTuple):
+    """A change of one line.
+
+    Attributes:
+        name: what is wrong then.
+        module: the file in `jaxbptt/`, without its ending.
+        tests: the files in `tests/` that should notice, without what their names share, the
+            likeliest first.
+        old: what stands in the file, once.
+        new: what stands there instead.
+    """
+
+    name: str
+    module: str
+    tests: str
+    old: str
+    new: str
+
+    @property
+    def path(self):
+        return f"jaxbptt/{self.module}.py"
+
+    @property
+    def files(self):
+        return [f"tests/test_{name}.py" for name in self.tests.split()]
+
+    def changed(self, text):
+        """The file's text with the fault in it."""
+        assert text.count(self.old) == 1, f"{self.path} has not once: {self.old}"
+        return text.replace(self.old, self.new)
+
+
+# fmt: off
+FAULTS = [Fault(*row) for row in [
+
+    # ---------------------------------------------------------- window, lags, groups
+    ("a group that falls short reaches a step less", "_windows", "oracles parts steps",
+     "rows + max(window - every, 0)", "rows + max(window - every - 1, 0)"),
+    ("the ring is as long as the shortest part's window", "_closure", "parts",
+     "window=max(of_leaves,", "window=min(of_leaves,"),
+    ("a part of λ is followed a lag too far", "_closure", "parts",
+     "if part <= lag})", "if part < lag})"),
+    ("a part counts as over only a segment later", "_pulls", "parts",
+     "[w <= end for w in parts]", "[w < end for w in parts]"),
+    ("a step before the window is reached in short groups", "_groups", "groups scan",
+     "end - (window - 1))", "end - window)"),
+    ("a last group that is cut short reaches as far as the window", "_groups", "groups scan",
+     "reach = jnp.maximum(first - max(window - self.every, 0), end - (window - 1))",
+     "reach = end - (window - 1)"),
+    ("the last group ends behind the run", "_groups", "groups scan",
+     "jnp.minimum(first + (self.every - 1), self.length)", "first + (self.every - 1)"),
+    ("the last group starts at zero, without the final carry's cotangent", "_groups",
+     "groups scan",
+     "(step % self.every == 0) & (step < self.length)", "step % self.every == 0"),
+    ("a chain too few where groups don't divide the window", "_groups", "groups scan scan_steps",
+     "-(-window // self.every)", "window // self.every"),
+    ("a group's last step belongs to the next", "_groups", "groups scan",
+     "return (step - 1) // self.every", "return step // self.every"),
+    ("nothing is cut off from a window of the length on, whatever the groups", "_groups",
+     "groups scan",
+     "window >= length + every - 1:", "window >= length:"),
+    ("steps that no chain reaches are counted all the same", "_groups", "scan groups",
+     "return self.window < self.every", "return False"),
+
+    # ------------------------------------------------------------------ tape, ring
+    ("the reader is a slot off", "_tape", "oracles tape",
+     "jnp.maximum(length - 1, 0))) % window", "jnp.maximum(length - 1, 0)) + 1) % window"),
+    ("slots that were never written are read", "_tape", "steps oracles",
+     "head - jnp.clip(lag, 0, jnp.maximum(length - 1, 0))", "head - lag"),
+    ("the phase does not begin again", "_tape", "tape oracles learner",
+     "_phase=tape._phase % every + 1", "_phase=tape._phase + 1"),
+    ("the length grows beyond the window", "_tape", "tape",
+     "length=jnp.minimum(tape.length + 1, window)", "length=tape.length + 1"),
+    ("clear does not begin a new group", "_tape", "tape learner",
+     "_phase=jnp.zeros_like(tape._phase)", "_phase=tape._phase"),
+    ("clear leaves what is in the ring, NaN too", "_tape", "steps tape",
+     "_ring=[jnp.zeros_like(leaf) for leaf in tape._ring]", "_ring=tape._ring"),
+    ("weak types stay weak", "_avals", "tape faults current",
+     "return lax.convert_element_type(leaf, leaf.dtype)", "return leaf"),
+    ("a stack is laid over the mesh with time for the batch", "_types", "explicit_axes",
+     "PartitionSpec(None, *sharding.spec)", "PartitionSpec(*sharding.spec, None)"),
+
+    # ----------------------------------------------------------- one recorded step
+    ("the gradient doesn't wait until it is due", "_call", "oracles tape",
+     "return lax.cond(_tape.due(tape), back, lambda: nothing)", "return back()"),
+    ("a group's gradient is the mean over its losses", "_call", "oracles tape",
+     "jnp.broadcast_to(v, (rows, *v.shape))", "jnp.broadcast_to(v / rows, (rows, *v.shape))"),
+    ("lags that are not recorded are not masked", "_call", "oracles steps",
+     "jnp.minimum(tape.length, steps)", "jnp.int32(steps)"),
+    ("stored parameters are not stored", "_record", "oracles current",
+     'stored=self.weights == "stored"', "stored=False"),
+    ("y and aux change places", "_record", "oracles faults",
+     "(y, aux) if self.has_aux else y", "(aux, y) if self.has_aux else y"),
+    ("x̄ has its rows of zeros at the wrong end", "_record", "oracles parts",
+     "jnp.flip(padded(v, closure.window - window.steps), 0)",
+     "padded(jnp.flip(v, 0), closure.window - window.steps)"),
+    ("each step is replayed from the carry that was recorded", "_replay", "replayed",
+     "begins = lag >= length - 1", "begins = lag >= 0"),
+    ("closed-over tracers get no gradient", "_closure", "steps scan replayed",
+     "tuple(isinstance(v, jax.core.Tracer) for v in", "tuple(False for v in"),
+    ("an integer's cotangent may be of its own type", "_cotangents", "faults steps",
+     "leaf.dtype if leaf.differentiable else _FLOAT0", "leaf.dtype"),
+    ("float0 cotangents have no axis over the steps", "_cotangents", "steps",
+     "np.zeros((*rows, *leaf.shape), _FLOAT0)", "np.zeros(leaf.shape, _FLOAT0)"),
+
+    # ------------------------------------------------------------------- the chain
+    ("λ goes on beyond the reach", "_chain", "oracles parts",
+     "lam = _each(jnp.where, followed, older, lam)", "lam = older"),
+    ("what is beyond the reach is contracted too", "_chain", "oracles steps",
+     "kept = [where_or_zero(live, v) for v in (*xs, *emitted)]", "kept = [*xs, *emitted]"),
+    ("λ of a part is zero where it was cut", "_chain", "parts",
+     "followed = [live & (not over) for over in", "followed = [live for over in"),
+    ("ȳ comes oldest first", "_chain", "oracles",
+     "newest_first = [jnp.flip(leaf, 0) for leaf in ct_ys]", "newest_first = list(ct_ys)"),
+    ("by lag, half precision is added up in half precision", "_chain", "lags",
+     "v.astype(jnp.float32) if jnp.finfo(v.dtype).bits < 32 else v for v in map", "v for v in map"),
+    ("by lag, λ of a part goes on after its window", "_chain", "lags parts",
+     "handed_on = [where_or_zero(live & (not o), v)", "handed_on = [where_or_zero(live, v)"),
+    ("chains of parts age at every step", "_chains", "parts",
+     "jnp.where(starts, _older(v), v) for v in lam", "_older(v) for v in lam"),
+    ("a new chain finds another's λ in its slot", "_chains", "scan scan_steps",
+     "goes_on = [~(starts & (age == 0)) for age", "goes_on = [True for age"),
+    ("ȳ goes into the chain before its own", "_chains", "scan scan_steps",
+     "[counts.index(max(counts))] == 0", "[counts.index(max(counts))] == 1"),
+    ("ȳ goes into every chain", "_chains", "scan scan_steps",
+     "[v + select(own, u[None]) for v, u in", "[v + u[None] for v, u in"),
+    ("init gets λ of chains that are over", "_chains", "scan parts",
+     "return self.total(self._followed(1, lam, [True] * len(lam)))", "return self.total(lam)"),
+    ("dead terms are added up as they are", "_contract", "split scan oracles steps",
+     "total + where_or_zero(live, term).astype(", "total + term.astype("),
+    ("dead rows are scattered into an embedding", "_contract", "split scan_steps steps oracles",
+     "_scattered(eqn, total, indices, where_or_zero(live, updates))",
+     "_scattered(eqn, total, indices, updates)"),
+    ("half precision is added up in half precision", "_contract", "split steps oracles",
+     "return [_widened(zeros(v.aval)) for v in [*made, *self.plain]]",
+     "return [zeros(v.aval) for v in [*made, *self.plain]]"),
+    ("half precision comes out of products in half precision", "_contract",
+     "split steps scan_steps oracles",
+     "preferred_element_type=jnp.float32 if _is_narrow(dtype) else dtype",
+     "preferred_element_type=dtype"),
+    ("a product that is transposed keeps its operands where they are", "_split",
+     "split oracles steps",
+     "return Product(eqn, True, transpose.outvars[0])",
+     "return Product(eqn, False, transpose.outvars[0])"),
+    ("operands change places for any transposition", "_split", "split steps scan_steps oracles",
+     'if transpose is not None and transpose.params["permutation"] == changed:',
+     "if transpose is not None:"),
+    ("zero plus something is zero", "_zero", "zero oracles",
+     "return [values[1] if zero[0] else values[0]]",
+     "return [values[0] if zero[0] else values[1]]"),
+    ("a selection of zeros and something is zero", "_zero", "zero steps scan_steps",
+     'name == "select_n" and all(blank[1:])', 'name == "select_n" and any(blank[1:])'),
+    ("zeros beside something are zero", "_zero", "zero steps scan_steps parts",
+     "name in JOINT and all(blank[: JOINT[name]])",
+     "name in JOINT and any(blank[: JOINT[name]])"),
+    ("a product of few rows is taken for another", "_few_rows", "few_rows",
+     'eqn.params["dimension_numbers"] == (((1,), (1,)), ((), ()))',
+     'eqn.params["dimension_numbers"] == (((1,), (0,)), ((), ()))'),
+    ("what is known of an inner scan is run forwards", "_interpret", "steps current",
+     'reverse=p["reverse"]', "reverse=False"),
+    ("what is known of a branch is not kept off the ring", "_interpret", "current steps",
+     'if eqn.primitive.name == "cond" and values[0] is not UNKNOWN:', "if False:"),
+
+    # ------------------------------------------------------ residuals, stages, blocks
+    ("nothing cheap is left off the ring", "_residuals", "residuals current tabulate",
+     "_MOST = 6", "_MOST = 0"),
+    ("any length of cheap operations is made again", "_residuals",
+     "residuals current tabulate steps",
+     "_MOST = 6", "_MOST = 600"),
+    ("a logistic is taken to be cheap", "_residuals", "residuals current tabulate",
+     '"integer_pow le lt max', '"integer_pow le logistic lt max'),
+    ("products that wait for a matrix stay in the loop", "_stages", "stages scan_cost",
+     "_ROWS = 8", "_ROWS = 0"),
+    ("side effects that no output needs are dropped", "_stages", "stages scan_cost scan",
+     "variables(now) + cut, effects=True)", "variables(now) + cut)"),
+    ("what the state needs is put off behind the loop", "_stages", "stages scan_cost scan",
+     "in_loop = set(variables(now))", "in_loop = set(now[:0])"),
+    ("a block that is left over is taken from the wrong end", "_blocks", "blocks scan_cost",
+     "jnp.int32(length - rest if descending else 0)", "jnp.int32(0)"),
+    ("blocks begin where those left over are", "_blocks", "blocks scan_cost",
+     "starts = (0 if descending else rest) + block", "starts = 0 + block"),
+    ("blocks are put together in the order in which they ran", "_blocks", "blocks scan_cost",
+     "        parts.reverse()", "        parts.sort(key=id)"),
+    ("all stacks begin with one number", "_stacks", "stacks",
+     "_NUMBERS[i % len(_NUMBERS)])", "_NUMBERS[0])"),
+    ("inputs that are residuals are stacked once more", "_forward", "scan_cost scan",
+     "made = [v for v in residuals if v not in row]", "made = list(residuals)"),
+    ("what earlier blocks have contracted is forgotten", "_reverse", "scan_cost",
+     "made = [total + v for total, v in", "made = [v for total, v in"),
+
+    # ------------------------------------------------------------------------ scan
+    ("in reverse the steps are counted from the wrong end", "_reverse", "scan scan_steps",
+     "return self.groups.length - place if self.reverse else place + 1", "return place + 1"),
+    ("in reverse the blocks are pulled back in the wrong order", "_reverse",
+     "scan_cost scan",
+     "descending=not run.reverse", "descending=True"),
+    ("sums take in steps that no chain reaches", "_reverse", "scan scan_steps",
+     "live = groups.reached(step) if groups.gaps else True", "live = True"),
+    ("all of the window is less than all, with groups", "_scan", "scan",
+     "most = max(length, 1) + every - 1", "most = max(length, 1)"),
+    ("a carry that is handed on as it came is a parameter", "_scan", "parts scan",
+     "return lax.optimization_barrier(leaf) if id(leaf) in came else leaf", "return leaf"),
+    ("an output that is an input has a gradient where none is due", "_scan", "scan",
+     "if ys_too else outs[1]", "if not ys_too else outs[1]"),
+    ("groups under a random window are let through", "_scan", "random_window",
+     "if drawn and every > 1:", "if drawn and every > 9:"),
+
+    # --------------------------------------------------------------- random window
+    ("where there is no cut, the factor is upside down", "_random_window", "random_window",
+     "jnp.where(cut, 0, 1 / (1 - c))", "jnp.where(cut, 0, 1 - c)"),
+    ("the age of a stretch goes on over a cut", "_random_window", "random_window",
+     "return jnp.where(cut, 1, age + 1), jnp", "return age + 1, jnp"),
+    ("a value that is not finite crosses a cut", "_random_window", "random_window",
+     "jnp.where(factor > 0, product, jnp.zeros_like(product)).astype(", "product.astype("),
+    ("half precision is multiplied in half precision", "_random_window", "random_window",
+     "if jnp.finfo(value.dtype).bits < 32:", "if jnp.finfo(value.dtype).bits < 16:"),
+    ("the factor of the step before", "_reverse", "random_window",
+     "self.run.factors[step - 1]", "self.run.factors[step - 2]"),
+
+    # ---------------------------------------------------------------------- resets
+    ("a reset keeps the carry and all else starts anew", "_resets", "resets",
+     "return jnp.where(flags, initial, carry)", "return jnp.where(flags, carry, initial)"),
+    ("flags lie along the last axes", "_resets", "resets",
+     "is_first.shape + (1,) * (carry.ndim - is_first.ndim)",
+     "(1,) * (carry.ndim - is_first.ndim) + is_first.shape"),
+    ("an initial carry without the batch's axes is refused", "_resets", "resets",
+     "shorter = len(initial.shape) <= len(carry.shape)",
+     "shorter = len(initial.shape) == len(carry.shape)"),
+
+    # --------------------------------------------------------------------- learner
+    ("the learner doesn't wait until it is due", "_update", "learner learner_optax",
+     "learn() if pending is None else lax.cond(_tape.due(tape), learn, wait)", "learn()"),
+    ("the step count counts updates", "_update", "learner stream",
+     "tape, state.step + 1, pending)", "tape, state.step + updated.astype('uint32'), pending)"),
+    ("a gradient that is not finite is learned from", "_update", "learner learner_optax",
+     "sound = sound & _all_finite(grads)", "sound = sound & True"),
+    ("the carry that was not finite stays", "_update", "learner",
+     "carry=jax.tree.map(kept, tape.carry, before)", "carry=tape.carry"),
+    ("complex parameters go uphill along their imaginary parts", "_update",
+     "learner_optax learner",
+     "jnp.conj(v) if jnp.iscomplexobj(v) else v", "v"),
+    ("a group's loss goes on over the groups", "_learner_state", "learner learner_optax",
+     "jnp.where(tape._phase == 1, loss, self.loss + loss)", "self.loss + loss"),
+    ("in a window shorter than the group ȳ is put into the wrong row", "_learner_state",
+     "learner learner_optax",
+     "tape._phase - 1 - (tape._settings.every - rows_of(tape))", "tape._phase - 1"),
+    ("the optimiser's state is that of before", "_optimizer", "learner_optax learner",
+     "return new_params, new_state", "return new_params, state"),
+    ("an optimiser that takes the loss by name doesn't get it", "_optimizer",
+     "learner learner_optax",
+     'return "value" in parameters or any(', "return any("),
+    ("the optimiser sees integers", "_optimizer", "learner_optax learner",
+     "lambda leaf: leaf if leaf_type(leaf).differentiable else None, tree",
+     "lambda leaf: leaf, tree"),
+    ("the loss's aux is lost", "_objective", "learner stream",
+     'return value, canonical(aux, "aux", returned=True)', "return value, None"),
+    ("an evaluation starts from the tape's carry, whatever it is given", "_learner", "learner",
+     "carry = state.tape.carry if carry is None else carry", "carry = state.tape.carry"),
+    ("a stream's positions count from zero", "_stream", "stream",
+     "state.tape._settings.x, int(state.step))", "state.tape._settings.x, 0)"),
+    ("a block has a step more", "_stream", "stream",
+     "len(rows) < self._block:", "len(rows) <= self._block:"),
+    ("an input is not copied", "_stream", "stream",
+     "else np.array(v) for v in leaves]", "else np.asarray(v) for v in leaves]"),
+    ("an interrupt in the middle of a block is lost", "_stream", "stream",
+     "before(*came[-1])", "came.clear()"),
+
+    # ------------------------------------------------------------------ inspection
+    ("partial sums fall to zero behind what is reached", "_lags", "lags",
+     '(0, unreached), mode="edge")', "(0, unreached))"),
+    ("norms of half precision are taken in half precision", "_lags", "lags",
+     "if jnp.finfo(value.dtype).bits < 32:", "if jnp.finfo(value.dtype).bits < 16:"),
+    ("the fit begins at a quarter", "_decay", "decay",
+     "jnp.minimum(there // 2, there - 2)", "jnp.minimum(there // 4, there - 2)"),
+    ("a window beyond the tape is a step too short", "_decay", "decay",
+     "jnp.ceil(jnp.log(ratio) / jnp.log(rate))", "jnp.floor(jnp.log(ratio) / jnp.log(rate))"),
+    ("what is past the tape doesn't count", "_decay", "decay",
+     "jnp.concatenate([beyond[None], terms[::-1]])",
+     "jnp.concatenate([0 * terms[:1], terms[::-1]])"),
+    ("the upright line is a lag too far", "_plot", "plot",
+     "ax.axvline(end - 0.5,", "ax.axvline(end + 0.5,"),
+    ("dashes begin where the lags do", "_plot", "plot",
+     "fitted = lags[int(fit.first) :", "fitted = lags[0 :"),
+    ("products in a scan count once", "_tabulate", "tabulate",
+     'count += inner * (eqn.params["length"] if', "count += inner * (1 if"),
+    ("less than a fifth is suggested too", "_tabulate", "tabulate",
+     "if 5 * p.nbytes <= 4 * per_step > 0]", "if p.nbytes <= per_step > 0]"),
+    ("the fewest bytes are suggested, whatever they cost", "_tabulate", "tabulate",
+     "key=lambda p: (p.products, p.nbytes))", "key=lambda p: (p.nbytes, p.products))"),
+    ("a kink is a wrong gradient", "_check_reference", "check",
+     "doubt = abs(2 * half_bend - bend) + 6 * abs(narrow - wide)",
+     "doubt = 0 * abs(narrow - wide)"),
+    ("gradients are compared without regard to sign", "_check_compare", "check",
+     "gaps = [abs(g - d.value) - d.noise for", "gaps = [abs(abs(g) - abs(d.value)) - d.noise for"),
+    ("complex gradients are compared with their conjugates", "_check_compare", "check",
+     "np.real(np.sum(gradient * direction))", "np.real(np.sum(gradient * np.conj(direction)))"),
+    ("the window that is checked begins a step late", "_check_run", "check",
+     "row(carries, length - n - 1) if", "row(carries, length - n) if"),
+    ("one cut on a way is no cut", "_check_ways", "check",
+     "Way(self.smooth and other.smooth,", "Way(self.smooth or other.smooth,"),
+    ("a counter in Python is taken for a draw", "_check", "check",
+     "drawn = not _difference(first, fresh()(*args))", "drawn = True"),
+
+    ("one of two ways that is cut is said to be the only one", "_check_report", "check",
+     "if way.cuts and not way.smooth:", "if way.cuts:"),
+
+    # -------------------------------------------------------------------- messages
+    ("a window of zero is let through", "_errors", "faults",
+     "or not isinstance(value, int | np.integer) or value < 1:",
+     "or not isinstance(value, int | np.integer) or value < 0:"),
+    ("one row of cotangents more than the window is let through", "_errors", "faults",
+     "not 1 <= length[0] <= window:", "not 1 <= length[0] <= window + 1:"),
+    ("leaves are counted where the structure differs", "_errors", "faults",
+     "if wanted.keys() == came.keys() and differ:", "if differ:"),
+    ("a tape with other weights is taken", "_record", "faults tape replayed",
+     'for name in ("windows", "every", "weights"):', 'for name in ("windows", "every"):'),
+    ("a carry that the step returns in another type is a ValueError", "_step", "faults steps",
+     'words=("in", "out"),\n            error=TypeError,',
+     'words=("in", "out"),\n            error=ValueError,'),
+
+    # ----------------------------------------------------------------- checkpoints
+    ("recorded steps are not read back", "_checkpoints", "resume",
+     "if not (past and clear):", "if not past:"),
+    ("the oldest checkpoint is taken for the latest", "_checkpoints", "resume",
+     "return there[-1] if step is None else step", "return there[0] if step is None else step"),
+    ("a step may be saved twice", "_checkpoints", "resume",
+     "least = 0 if last is None else last + 1", "least = 0 if last is None else last"),
+    ("pending cotangents are no part of the past", "_saved", "resume",
+     "return isinstance(node, Pending) or (", "return ("),
+    ("keys come back as those of another kind", "_saved", "resume",
+     "jnp.asarray(read), impl=_key_impl(self.value))", "jnp.asarray(read))"),
+    ("Python's numbers come back as arrays", "_saved", "resume",
+     "return type(self.value)(read.item())", "return jnp.asarray(read)"),
+    ("a tape of groups of another size is taken", "_manifest", "resume",
+     '("window", "every", "weights", "x")', '("window", "weights", "x")'),
+    ("a tape of another JAX is taken", "_manifest", "resume",
+     """pairs = [(f"JAX {theirs['jax']}", f"JAX {ours['jax']}")]""", "pairs: list[tuple] = []"),
+    ("a tape of another step is taken", "_manifest", "resume",
+     'if differ or saved["step"] == asked["step"]:', "if True:"),
+    ("one checkpoint too few is kept", "_disk", "resume",
+     "LatestN(self._keep)", "LatestN((self._keep or 9) - 1)"),
+    ("values of closed-over arrays don't count", "_fingerprint", "fingerprint resume",
+     'yield from _value(closure.consts["hoisted"])',
+     'yield str(len(closure.consts["hoisted"]))'),
+    ("names count", "_fingerprint", "fingerprint",
+     'frozenset({"name", "debug_info", "name_and_src_info"})',
+     'frozenset({"debug_info", "name_and_src_info"})'),
+    ("addresses in memory count", "_fingerprint", "fingerprint",
+     'return _PLACES.sub("", repr(value))', "return repr(value)"),
+
+    # ------------------------------------------------------------------------ flax
+    ("collections stay as they were", "_flax", "flax",
+     "LinenState({**collections, **changed}, rngs)", "LinenState(collections, rngs)"),
+    ("the keys to go on with are those that were drawn from", "_flax", "flax",
+     "jax.tree.map(itemgetter(0), pairs), jax", "jax.tree.map(itemgetter(1), pairs), jax"),
+    ("a module in use is changed in place", "_flax", "flax",
+     "nnx.split(nnx.clone(module), *filters)", "nnx.split(module, *filters)"),
+
+    # -------------------------------------------------------------------- main job
+    ("the GRU has no reset gate", "_demo", "main",
+     "n = jnp.tanh(n + r * hn)", "n = jnp.tanh(n + hn)"),
+    ("a group's gradient is that of the sum", "_demo", "main",
+     "return nats / every, nats", "return nats, nats"),
+    ("a stream ends where the text does", "_demo", "main main_resume",
+     "following = (place + 1) % len(symbols)",
+     "following = np.minimum(place + 1, len(symbols) - 1)"),
+    ("the gradient by lag has the oldest first", "_demo_look", "main",
+     "(xs[:-1], xs[1:])))[::-1]", "(xs[:-1], xs[1:])))"),
+    ("held-out streams are interleaved", "_demo_text", "main",
+     ".reshape(streams, steps).T)", ".reshape(steps, streams))"),
+    ("the picture's window ends a lag too far", "_demo_picture", "plot main",
+     "done[0].run.settings.window - 0.5", "done[0].run.settings.window + 0.5"),
+    ("the least number that an option takes is refused", "_demo_options", "main",
+     "if least <= int(given) <= _LARGEST:", "if least < int(given) <= _LARGEST:"),
+    ("it is saved only where a block ends on the number", "_demo_saves", "main_resume",
+     "steps // every > self.last // every)", "steps % every == 0)"),
+    ("a baseline has the groups of the run beside it", "__main__", "main",
+     "dataclasses.replace(settings, window=1, every=1)", "dataclasses.replace(settings, window=1)"),
+
+    # ------------------------------- rules that are not linear, effects, other steps' tapes
+    ("a selection by what moves counts as linear", "_linear", "linear",
+     'return kinds[0] != MOVES and FIXED not in kinds[1:]', 'return FIXED not in kinds[1:]'),
+    ("a product of two things that move counts as linear", "_linear", "linear",
+     "return moving == 1", "return moving >= 1"),
+    ("a constant put beside what moves counts as nothing", "_linear", "linear",
+     "return FIXED not in together and moving", "return moving"),
+    ("a loop's carry is looked at once only", "_linear", "linear",
+     "if joined == carry:", "if True:"),
+    ("rules that are not linear are pulled back together", "_chain_by_chain", "linear",
+     "(several and not closure.linear) or", "False or"),
+    ("in a gap a pullback acts", "_chain_by_chain", "side_effects",
+     "(several or groups.gaps)", "several"),
+    ("every chain's λ goes on into init", "_chain_by_chain", "linear",
+     "there = [end <= within(w, outputs, every) for w in windows]",
+     "there = [True for w in windows]"),
+    ("the final carry's cotangent goes with every group", "_chain_by_chain", "linear",
+     "[where_or_zero(end == length, v) for v in ct_carry]", "ct_carry"),
+    ("x̄ lies a row too far", "_chain_by_chain", "linear",
+     "newest + 1 - steps + padding", "newest + 2 - steps + padding"),
+    ("side effects of a pullback are dropped", "_pulls", "side_effects",
+     "prune(jax.make_jaxpr(run)(*given), effects=True)", "prune(jax.make_jaxpr(run)(*given))"),
+    ("a pullback acts for lags that are not recorded", "_chain", "side_effects",
+     "return lax.cond(live, run, lambda: none)", "return run()"),
+    ("the newest step's pullback acts twice", "_chain", "side_effects",
+     'weights=False, effects=False)', 'weights=False)'),
+    ("a program with references is taken apart", "_interpret", "side_effects",
+     "if not _has_references(closed.jaxpr):", "if True:"),
+    ("what a reference holds counts as known", "_interpret", "side_effects",
+     "    if acts(eqn):\n", "    if False:\n"),
+    ("a collective counts as a side effect", "_interpret", "side_effects devices",
+     'type(effect).__name__ != "NamedAxisEffect"', "True"),
+    ("embeddings are added up in half precision", "_contract", "half_precision",
+     "for v in [*made, *self.plain]]", "for v in self.plain] + [zeros(v.aval) for v in made]"),
+    ("rounding goes behind the sum", "_split", "half_precision split",
+     "psum_invariant real reduce_sum reshape",
+     "psum_invariant real reduce_precision reduce_sum reshape"),
+    ("any step may take any tape", "_record", "whose_tape",
+     "made.step == program_hash(closure)", "True"),
+    ("numbers in a step's source do not count", "_fingerprint", "whose_tape",
+     "yield from _value(v.val)", "yield 'number'"),
+    ("a retyped value is another value", "_fingerprint", "whose_tape devices",
+     "if loosely and _retypes(eqn):", "if False:"),
+    ("a step writes into the caller's containers", "_step", "whose_tape",
+     "return jax.tree.map(lambda leaf: leaf, trees)", "return trees"),
+    ("parameters may change in place", "_step", "whose_tape flax",
+     "if id(leaf) not in kept", "if False"),
+    ("arrays are restored without a look at their checksum", "_manifest", "damage",
+     "checksum(value) not in (saved, None)", "False"),
+    ("a manifest is read without a look at its checksum", "_manifest", "damage",
+     'not in (None, _seal(manifest))', 'in ("",)'),
+]]
+# fmt: on
+
+
+# ----------------------------------------------------------------------- the runs
+
+
+def copied(folder):
+    """The project in a folder of its own, which is what is imported there."""
+    shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+    show = [sys.executable, "-c", "import jaxbptt; print(jaxbptt.__file__)"]
+    there = subprocess.run(show, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert Path(there.strip()).is_relative_to(folder.resolve()), f"imported {there} instead"
+    return folder
+
+
+def pytest(folder, tests, tier):
+    """Exit code and output of the tests, up to the first that fails; None for one without end."""
+    marks = [] if tier == "default" else ["-m", ""]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider"]
+    # A terminal so narrow has no room for more than the names of what failed.
+    env = os.environ | {"COLUMNS": "40", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {name: value for name, value in env.items() if name not in ("CI", "BUILD_NUMBER")}
+    process = subprocess.Popen(
+        [*command, *marks, *tests],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with what the tests have started
+        return None, process.communicate()[0]
+    return process.returncode, output
+
+
+def tried(folder, fault, tier, sound):
+    """What became of a fault, the first test that failed, and after how many seconds.
+
+    A fault is "caught", has "survived", or is "broken": then nothing ran that could have failed.
+    `sound` holds what is known of tests without any fault: one that fails anyway catches nothing.
+    """
+    path = folder / fault.path
+    text = path.read_text(encoding="utf-8")
+    path.write_text(fault.changed(text), encoding="utf-8")
+    begun = time.monotonic()
+    try:
+        code, output = pytest(folder, fault.files, tier)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    seconds = time.monotonic() - begun
+    if code is None:
+        return "caught", "hangs", seconds
+    if code == 0:
+        return "survived", "", seconds
+    failed = re.search(r"^(FAILED|ERROR) (.*)$", output, re.MULTILINE)
+    if code != 1 or not failed:
+        return "broken", (output.strip().splitlines() or ["no output"])[-1], seconds
+    test = failed[2].strip()
+    if test not in sound:
+        sound[test] = pytest(folder, [test], tier)[0] == 0
+    if not sound[test]:
+        return "broken", f"{test} fails anyway", seconds
+    return "caught", test, seconds
+
+
+def run(faults, tier, jobs):
+    """Tries the faults and prints a line of each; returns how many of each outcome."""
+    waiting, lock = queue.SimpleQueue(), threading.Lock()
+    counts, sound = collections.Counter(), {}
+    for fault in faults:
+        waiting.put(fault)
+
+    def work(folder):
+        copied(folder)
+        while True:
+            try:
+                fault = waiting.get_nowait()
+            except queue.Empty:
+                return
+            outcome, said, seconds = tried(folder, fault, tier, sound)
+            with lock:
+                counts[outcome] += 1
+                what = f"{fault.module}: {fault.name}"
+                print(f"{outcome:8}  {seconds:5.0f} s  {what:76}  {said}", flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        workers = [
+            threading.Thread(target=work, args=(Path(temporary).resolve() / str(i),))
+            for i in range(jobs)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    return counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tier", choices=("default", "exhaustive"), default="default")
+    parser.add_argument("--only", default="", help="in the name or the module of a fault")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--shard", default="1/1", help="i/n: every n-th fault, from the i-th on")
+    options = parser.parse_args()
+    first, of = map(int, options.shard.split("/"))
+    chosen = [v for v in FAULTS if options.only in f"{v.module}: {v.name}"][first - 1 :: of]
+    counts = run(chosen, options.tier, options.jobs)
+    others = [f"{counts[outcome]} {outcome}" for outcome in ("survived", "broken")]
+    print(f"{options.tier}: {counts['caught']} of {len(chosen)} caught, {', '.join(others)}")
+    return int(counts["caught"] < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
