@@ -7,12 +7,11 @@ old enough to have lost a part are together, and are pulled back by a program wi
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbptt._chain import densify
 from jaxbptt._closure import Closure
@@ -109,12 +108,12 @@ class Chains:
         return [v + select(own, u[None]) for v, u in zip(older, present, strict=True)]
 
     def _pulled(self, name: str, residuals: list, lam: list, ct_y: Sequence = ()) -> list:
-        """`_pull` of every chain, at once where it can be batched."""
+        """`_pull` of every chain, in one batch: what is known to be linear can be batched."""
 
         def pull(lam: list, ct_y: list) -> list:
             return self._pull(name, residuals, lam, ct_y)
 
-        return _batched(pull, lam, list(ct_y))
+        return jax.vmap(pull)(lam, list(ct_y))
 
     def _pull(self, name: str, residuals: list, lam: list, ct_y: list) -> list:
         """λ of one chain by a program that doesn't read the λ that is None here."""
@@ -146,14 +145,6 @@ class Chains:
 def _older(lam: jax.Array) -> jax.Array:
     """λ by age as the step before sees it, which is in a group of its own: none is there yet."""
     return jnp.concatenate([jnp.zeros_like(lam[:1]), lam[:-1]])
-
-
-def _batched(pull: Callable, *args: list) -> list:
-    """`vmap` over the chains, or one after the other where a pullback can't be batched."""
-    try:
-        return jax.vmap(pull)(*args)
-    except NotImplementedError:
-        return lax.map(lambda row: pull(*row), args)
 
 
 def select(flags: jax.Array, values: jax.Array) -> jax.Array:

@@ -95,7 +95,8 @@ def _program(jaxpr: core.Jaxpr, *, loosely: bool = False) -> Iterator[str | byte
                 if v not in names:
                     names[v] = next(numbers)
                 yield f"%{names[v]}"
-            yield f"{v.aval.dtype}{v.aval.shape}" if loosely else _type(v.aval)
+            bare = loosely and hasattr(v.aval, "shape")
+            yield f"{v.aval.dtype}{v.aval.shape}" if bare else _type(v.aval)
 
     yield from atoms([*jaxpr.constvars, *jaxpr.invars])
     for eqn in jaxpr.eqns:

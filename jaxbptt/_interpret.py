@@ -14,6 +14,8 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from jaxbptt._avals import like
+
 
 class Marker:
     """What stands in for an array that is unknown, or known to be zero."""
@@ -86,7 +88,7 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     whole.__name__ = _WHOLE
     if not _has_references(closed.jaxpr):
         return closed
-    return jax.make_jaxpr(jax.jit(whole))(*(v.aval for v in closed.jaxpr.invars))
+    return jax.make_jaxpr(jax.jit(whole))(*(like(v.aval) for v in closed.jaxpr.invars))
 
 
 def _has_references(jaxpr: core.Jaxpr) -> bool:

@@ -1,5 +1,7 @@
 """The user's step as a jaxpr, and whether it returns what a step must."""
 
+import operator
+
 import jax
 from jax.extend import core
 
@@ -21,8 +23,11 @@ def trace_step(
 
     def checked(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         own = own_containers(params, carry, x)
+        before = jax.tree.leaves(own[0])
+        steady = all(map(operator.is_, before, jax.tree.leaves(own[0])))
         pair = step(*own)
-        _params_are_left(params, own[0])
+        if steady:  # else some container makes new leaves whenever it is looked at
+            _params_are_left(before, own[0])
         remedy = "Return (carry, None) if there is no output, (carry, (a, b)) if there are several."
         _errors.is_pair(pair, "a pair (carry, y)", remedy)
         new_carry, y = pair
@@ -60,12 +65,12 @@ def own_containers(*trees: PyTree) -> tuple[PyTree, ...]:
     return jax.tree.map(lambda leaf: leaf, trees)
 
 
-def _params_are_left(before: PyTree, after: PyTree) -> None:
+def _params_are_left(before: list, after: PyTree) -> None:
     """Refuses a step that changes its parameters in place: what it writes there is lost.
 
     A flax module does, whose random numbers or batch statistics move on when it is called.
     """
-    kept = {id(leaf) for leaf in jax.tree.leaves(before)}
+    kept = set(map(id, before))
     new = [
         jax.tree_util.keystr(path)
         for path, leaf in jax.tree_util.tree_flatten_with_path(after)[0]

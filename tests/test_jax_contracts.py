@@ -694,3 +694,44 @@ def test_a_ring_in_a_scan_is_written_and_read_without_a_copy():
 def test_tree_map_takes_none_for_an_empty_container():
     assert jax.tree.leaves({"a": None}) == []
     assert jax.tree.map(lambda v: v + 1, (None, 1)) == (None, 2)
+
+
+# ------------------------------------------------------------------- effects
+
+
+def test_the_named_axis_of_a_collective_is_an_effect_of_that_name():
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(v):
+        return lax.psum(v, "i")
+
+    jaxpr = jax.make_jaxpr(
+        jax.shard_map(local, mesh=mesh, in_specs=P("i"), out_specs=P(), check_vma=False)
+    )(X)
+    (mapped,) = [e for e in jaxpr.eqns if e.primitive.name == "shard_map"]
+    effects = {type(e).__name__ for eqn in inner_eqns(mapped) for e in eqn.effects}
+    assert effects <= {"NamedAxisEffect"}
+    printed = jax.make_jaxpr(lambda v: jax.debug.print("{}", v))(1.0)
+    assert {type(e).__name__ for eqn in printed.eqns for e in eqn.effects} != {"NamedAxisEffect"}
+    assert printed.eqns[-1].effects
+
+
+def inner_eqns(eqn):
+    return [e for jaxpr in inner(eqn) for e in jaxpr.eqns]
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="needs jax.new_ref, after JAX 0.7")
+def test_a_reference_is_told_by_the_type_inside_it():
+    jaxpr = jax.make_jaxpr(lambda v: jax.new_ref(v)[...])(X)
+    (made,) = [e for e in jaxpr.eqns if e.primitive.name == "new_ref"]
+    assert hasattr(made.outvars[0].aval, "inner_aval")
+    assert not hasattr(made.invars[0].aval, "inner_aval")
+    assert made.effects
+
+
+def test_a_jitted_call_has_the_name_of_its_function():
+    def whole(v):
+        return 2 * v
+
+    (eqn,) = jax.make_jaxpr(jax.jit(whole))(X).eqns
+    assert eqn.params["name"] == "whole"
