@@ -72,12 +72,15 @@ class Saves:
         Raises:
             UsageError: there is an interrupted one in it.
         """
-        if any(self.folder.glob("window-*/[0-9]*")) and not self._read().get("finished"):
+        before = self._read()
+        runs = before.get("runs", [])
+        interrupted = [run for run in runs if any((self.folder / run).glob("[0-9]*"))]
+        if interrupted and not before["finished"]:
             raise UsageError(
                 f"{str(self.folder)!r} has an interrupted job. Add --resume to go on with it; to "
                 "begin anew, delete that folder, or name another --out."
             )
-        self._write(finished=False)
+        self._write(finished=False, runs=self._deleted(runs))
 
     def resume(self) -> bool | None:
         """True to go on with an interrupted job; None if this one is finished, False without any.
@@ -87,6 +90,7 @@ class Saves:
         """
         before = self._read()
         if not before or before["finished"]:
+            self._deleted(before.get("runs", []))  # what a job left that was killed at its end
             return None if before.get("job") == self.job else False
         for option, now in self.job.items():
             if before["job"].get(option) != now:
@@ -94,28 +98,60 @@ class Saves:
         return True
 
     def finish(self) -> None:
-        """Deletes the checkpoints: the results are kept elsewhere."""
-        self._write(finished=True)
+        """Deletes the checkpoints: the results are kept elsewhere.
+
+        That the job is finished is written first. Killed in between, it leaves checkpoints that
+        nobody needs, and not a job to go on with that lacks some.
+        """
+        runs = self._read().get("runs", [])
+        self._write(finished=True, runs=runs)
+        self._write(finished=True, runs=self._deleted(runs))
 
     @contextlib.contextmanager
     def of_run(self, name: str, online: Learner) -> "Iterator[RunSaves]":
-        """Those of one run; at its end waits for what is being written."""
-        folder = self.folder / name.replace(", ", "-").replace(" ", "-")
+        """Those of one run; at its end waits for what is being written.
+
+        Raises:
+            UsageError: there is a folder in its place that no job has made.
+        """
+        run = name.replace(", ", "-").replace(" ", "-")
+        folder, runs = self.folder / run, self._read().get("runs", [])
+        if run not in runs:
+            if folder.exists():
+                raise UsageError(
+                    f"{str(folder)!r} is there already, and was not made by this program. Name "
+                    "another --out."
+                )
+            self._write(finished=False, runs=[*runs, run])
         with checkpoints(folder, online, keep=2) as store:
             yield RunSaves(store, self.every, store.latest or 0, self.say)
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads((self.folder / "job.json").read_text()))
-        except (FileNotFoundError, ValueError):
+            found = dict(json.loads((self.folder / "job.json").read_text()))
+        except (FileNotFoundError, TypeError, ValueError):
             return {}
+        return found if {"job", "finished", "runs"} <= found.keys() else {}
 
-    def _write(self, finished: bool) -> None:
-        for run in self.folder.glob("window-*"):
-            shutil.rmtree(run)
+    def _deleted(self, runs: list[str]) -> list[str]:
+        """Deletes the checkpoints of these runs; those of which something else is left stay.
+
+        Only folders that `job.json` names were made here, and in them only what orbax names.
+        """
+        for run in runs:
+            for step in (self.folder / run).glob("[0-9]*"):
+                if step.is_dir() and step.name.split(".")[0].isdigit():
+                    shutil.rmtree(step)
+            with contextlib.suppress(OSError):
+                (self.folder / run).rmdir()
+        return [run for run in runs if (self.folder / run).exists()]
+
+    def _write(self, finished: bool, runs: list[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         written = self.folder / "job.json.new"
-        written.write_text(json.dumps({"job": self.job, "finished": finished}, indent=1) + "\n")
+        written.write_text(
+            json.dumps({"job": self.job, "finished": finished, "runs": runs}, indent=1) + "\n"
+        )
         os.replace(written, self.folder / "job.json")
 
 

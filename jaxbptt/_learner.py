@@ -1,6 +1,8 @@
 """`learner`: online training as a pair of pure functions, a recorded step and its optimiser."""
 
 import dataclasses
+import functools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -140,7 +142,7 @@ class Learner:
 
         Inputs are stacked into blocks on the host; each block is one call of a compiled
         `lax.scan`, the state donated. While it runs the next one is read (where JAX
-        dispatches asynchronously). Equal learners share what is compiled.
+        dispatches asynchronously). Equal learners share what is compiled, and it goes with them.
 
         Args:
             state: the state to start from. It is donated: go on with what is returned.
@@ -168,13 +170,51 @@ class Learner:
             `int(state.step)` is where to go on in the data.
         """
         check_state(state)
-        return _stream.run(self, state, xs, block, callback, progress)
+        return _stream.run(self._compiled.run_block, state, xs, block, callback, progress)
+
+    @functools.cached_property
+    def _compiled(self) -> "_Compiled":
+        """What equal learners share, as long as there is one of them."""
+        try:
+            number = hash(self)
+        except TypeError:  # a step, a loss or an optimiser need not be hashable
+            return _Compiled(self)
+        shared = _COMPILED.get(number)
+        if shared is None or shared.learner != self:
+            shared = _COMPILED[number] = _Compiled(self)
+        return shared
 
     def _plainly(self, params: PyTree, carry: PyTree, x: PyTree) -> tuple:
         """(carry, y, loss, aux) of one step that is not recorded."""
         carry, y = self.recorder.step(*own_containers(params, carry, x))
         carry, y = canonical(carry, "carry", returned=True), canonical(y, "y", returned=True)
         return carry, y, *_objective.evaluate(self.loss, y, x)
+
+
+class _Compiled:
+    """The compiled runs of equal learners, held by these alone.
+
+    In a cache of JAX's, with a learner for a key, they would keep all alive that its step closes
+    over: a sweep would grow without end.
+    """
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+        update = learner.update
+        self._run = jax.jit(
+            lambda steps, state, xs: lax.scan(update, state, xs, length=steps),
+            static_argnums=0,
+            donate_argnums=1,
+        )
+
+    def run_block(
+        self, steps: int, state: LearnerState, xs: PyTree
+    ) -> tuple[LearnerState, Metrics]:
+        """So many updates in one call; the state is donated."""
+        return self._run(steps, state, xs)
+
+
+_COMPILED: weakref.WeakValueDictionary[int, _Compiled] = weakref.WeakValueDictionary()
 
 
 def learner(

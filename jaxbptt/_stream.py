@@ -1,18 +1,16 @@
 """The driver of endless streams: stacks inputs into blocks and runs a compiled loop over each."""
 
 import contextlib
-import functools
 import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._avals import canonical
@@ -20,18 +18,12 @@ from jaxbptt._learner_state import LearnerState, Metrics
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
 Callback = Callable[[LearnerState, Metrics], Any]
-
-
-class Updater(Protocol):
-    """What has an update to be the body of a `lax.scan`; equal ones share compiled code."""
-
-    def update(self, state: LearnerState, x: PyTree, /) -> tuple[LearnerState, Metrics]:
-        """One time step."""
-        ...
+# From a number of steps, a state, which is donated, and stacked inputs to the next state.
+RunBlock = Callable[[int, LearnerState, PyTree], tuple[LearnerState, Metrics]]
 
 
 def run(
-    learner: Updater,
+    run_block: RunBlock,
     state: LearnerState,
     xs: Iterable[PyTree],
     block: int,
@@ -46,7 +38,7 @@ def run(
             steps, stacked = blocks.read()
             while steps:
                 with _interrupts_held_back():
-                    state, metrics = _scan(learner, steps, state, stacked)
+                    state, metrics = run_block(steps, state, stacked)
                 steps, stacked = blocks.read()  # while the device is at work
                 jax.block_until_ready(metrics)
                 show(metrics)
@@ -58,13 +50,6 @@ def run(
         _hand_over(error, state)
         raise
     return state
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _scan(
-    learner: Updater, steps: int, state: LearnerState, xs: PyTree
-) -> tuple[LearnerState, Metrics]:
-    return lax.scan(learner.update, state, xs, length=steps)
 
 
 class _Blocks:

@@ -444,3 +444,33 @@ def test_traced_arguments_are_refused():
         match="call it outside jit",
     ):
         jax.jit(inside)(PARAMS)
+
+
+def test_a_rule_of_the_wrong_sign_is_found():
+    """As large as the right one: only the sign tells them apart."""
+
+    @jax.custom_vjp
+    def turned(v):
+        return jnp.sin(v)
+
+    turned.defvjp(lambda v: (jnp.sin(v), v), lambda v, ct: (-ct * jnp.cos(v),))
+    report = check_step(lambda *a: rnn(*a, through=turned), PARAMS, CARRY, XS, window=2)
+    assert places(report, "gradient") == {(p, lag) for p in ("params['u']", "x") for lag in (0, 1)}
+    for f in report.findings:
+        assert f.got == pytest.approx(-f.expected, rel=1e-6)
+
+
+def test_of_a_cut_way_beside_one_with_a_rule_both_are_named():
+    @jax.custom_vjp
+    def forgotten(v):
+        return 2 * v
+
+    forgotten.defvjp(lambda v: (2 * v, None), lambda _, ct: (jnp.zeros_like(ct),))
+
+    def both(v):
+        return lax.stop_gradient(v) + forgotten(v)
+
+    report = check_step(lambda *a: rnn(*a, through=both), PARAMS, CARRY, XS, window=1)
+    assert places(report, "cut") == {("params['u']", 0), ("x", 0)}
+    said = report.findings[0].sentence
+    assert "Check what is on its way: forgotten and stop_gradient." in said

@@ -10,7 +10,7 @@ import zoo
 from harness import F64, grid
 from jax import lax
 from optax import contrib
-from training import all_states, avals, forward, steps, wave
+from training import Optimizer, all_states, avals, forward, steps, wave
 
 import jaxbptt
 
@@ -204,3 +204,18 @@ def test_a_nan_skipped_and_cleared_by_hand():
 def test_called_without_its_learning_rate():
     with pytest.raises(ValueError, match=r"but got a function. Call it, .* optax.adam\(1e-3\)"):
         jaxbptt.learner(CASE.step, wave, optax.adam, window=3)
+
+
+def test_an_optimizer_that_takes_the_loss_by_name():
+    """As `optax.contrib.reduce_on_plateau` does; others take any keyword, or none."""
+
+    def update(grads, state, params=None, *, value):
+        return jax.tree.map(lambda g: 0 * g, grads), state + value
+
+    by_name = Optimizer(lambda params: jnp.zeros(()), update)
+    learner = jaxbptt.learner(
+        lambda w, c, x: (w * c + x,) * 2, lambda y, x: y**2, by_name, window=2
+    )
+    state = learner.init(jnp.asarray(0.5), jnp.asarray(0.1), jnp.asarray(0.0))
+    state, metrics = jax.jit(lambda s: lax.scan(learner.update, s, jnp.linspace(0.1, 1, 5)))(state)
+    np.testing.assert_allclose(state.opt_state, np.sum(metrics.loss), rtol=1e-12)

@@ -16,7 +16,7 @@ from jax import lax
 from training import momentum
 
 import jaxbptt
-from jaxbptt import _stream
+from jaxbptt import _learner
 
 T = 23
 INPUTS = np.random.default_rng(0).normal(size=(T, 2, 3))
@@ -81,8 +81,9 @@ def test_is_the_loop_that_it_cuts_up(block, want):
 
 
 def test_reads_the_next_block_while_one_is_on_its_way(monkeypatch):
-    events, scan, wait = [], _stream._scan, jax.block_until_ready
-    monkeypatch.setattr(_stream, "_scan", lambda *a: events.append("start") or scan(*a))
+    events, scan, wait = [], _learner._Compiled.run_block, jax.block_until_ready
+    started = lambda *a: events.append("start") or scan(*a)  # noqa: E731
+    monkeypatch.setattr(_learner._Compiled, "run_block", started)
     monkeypatch.setattr(jax, "block_until_ready", lambda v: events.append("wait") or wait(v))
 
     def reading():
@@ -297,7 +298,7 @@ def interruptible():
 
 def test_an_interrupt_while_a_block_starts(monkeypatch, want, interruptible):
     """The old state is donated and the new one not there yet."""
-    scan, calls = _stream._scan, []
+    scan, calls = _learner._Compiled.run_block, []
 
     def interrupted(*args):
         found = scan(*args)
@@ -306,7 +307,7 @@ def test_an_interrupt_while_a_block_starts(monkeypatch, want, interruptible):
             signal.raise_signal(signal.SIGINT)
         return found
 
-    monkeypatch.setattr(_stream, "_scan", interrupted)
+    monkeypatch.setattr(_learner._Compiled, "run_block", interrupted)
     before = signal.getsignal(signal.SIGINT)
     learner, error, told = run_into(KeyboardInterrupt, stream())
     assert told == [4]
@@ -315,7 +316,7 @@ def test_an_interrupt_while_a_block_starts(monkeypatch, want, interruptible):
 
 
 def test_a_handler_of_ones_own_is_called(monkeypatch, want):
-    scan, came = _stream._scan, []
+    scan, came = _learner._Compiled.run_block, []
 
     def signalled(*args):
         told = len(came)
@@ -323,7 +324,7 @@ def test_a_handler_of_ones_own_is_called(monkeypatch, want):
         assert len(came) == told
         return scan(*args)
 
-    monkeypatch.setattr(_stream, "_scan", signalled)
+    monkeypatch.setattr(_learner._Compiled, "run_block", signalled)
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         learner = make()
@@ -374,6 +375,13 @@ def test_an_x_of_another_type(x, said, want):
     check_state(learner.run(caught.value.state, stream(10)), want[0])
 
 
+def test_the_position_of_a_fault_counts_the_steps_before_this_stream():
+    learner = make()
+    state = learner.run(begun(learner), stream(0, 7), block=4)
+    with pytest.raises(ValueError, match=r"^after 10 steps, x\['u'\] must be an array"):
+        learner.run(state, [*stream(7, 10), GOOD | {"u": "text"}], block=4)
+
+
 def test_inputs_that_are_stacked_already():
     learner = make()
     with pytest.raises(ValueError, match=r"stacked already go through jax.lax.scan\(learner.upd"):
@@ -416,3 +424,38 @@ def test_without_tqdm(monkeypatch):
     with pytest.raises(ImportError, match=r"progress=True needs tqdm, .* 'jaxbptt\[train\]'"):
         learner.run(begun(learner), stream(), progress=True)
     assert int(learner.run(begun(learner), stream(0, 3)).step) == 3
+
+
+def test_a_learner_that_was_run_is_let_go_with_all_that_its_step_closes_over():
+    class Table:
+        def __init__(self):
+            self.rows = jnp.ones((8, 8))
+
+    kept = []
+    for rate in (0.1, 0.2, 0.3):
+        table = Table()
+        kept.append(weakref.ref(table))
+
+        def step(w, c, x, table=table):
+            return w * c + x + 0 * table.rows[0, 0], w * c
+
+        learner = jaxbptt.learner(step, lambda y, x: y**2, momentum(rate), window=2)
+        learner.run(learner.init(0.5, 0.0, 0.0), [0.1] * 4, block=2)
+        del table, step, learner
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+
+
+def test_a_learner_need_not_be_hashable():
+    class Step:
+        __hash__ = None
+
+        def __call__(self, w, c, x):
+            return w * c + x, w * c
+
+        def __eq__(self, other):
+            return self is other
+
+    learner = jaxbptt.learner(Step(), lambda y, x: y**2, momentum(), window=2)
+    state = learner.run(learner.init(0.5, 0.0, 0.0), [0.1] * 3, block=2)
+    assert state.step == 3
