@@ -19,6 +19,7 @@ from jaxbptt._avals import zeros
 from jaxbptt._closure import Closure
 from jaxbptt._contract import Split, where_or_zero
 from jaxbptt._interpret import ZERO, Value
+from jaxbptt._lax import lax_scan
 from jaxbptt._pulls import name_of
 from jaxbptt._stacks import scan_stacking
 
@@ -164,7 +165,7 @@ def _terms(
         return (lam, sums), found
 
     lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
-    return lax.scan(trip, state, (lags, part.ct_ys))
+    return lax_scan(trip, state, (lags, part.ct_ys))
 
 
 def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:

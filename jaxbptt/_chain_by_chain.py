@@ -16,6 +16,7 @@ from jaxbptt._chain import Window, dense_weights, densify, window_sums, zero_sum
 from jaxbptt._closure import Closure
 from jaxbptt._contract import where_or_zero
 from jaxbptt._groups import Groups
+from jaxbptt._lax import lax_scan
 from jaxbptt._types import leaf_type
 from jaxbptt._windows import within
 
@@ -88,7 +89,7 @@ def pull_chains(
         end = (group + 1) * every
         return chain(sums, end, every, [where_or_zero(end == length, v) for v in ct_carry]), None
 
-    sums, _ = lax.scan(one, sums, jnp.arange(full, dtype=jnp.int32), reverse=True)
+    sums, _ = lax_scan(one, sums, jnp.arange(full, dtype=jnp.int32), reverse=True)
     begin = 0 if reverse else padding
     xs = [lax.slice_in_dim(v, begin, begin + length) for v in sums.xs]
     return (

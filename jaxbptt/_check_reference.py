@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxbptt._check_run import Window, added, moving, refill
 from jaxbptt._check_ways import narrowed_to
+from jaxbptt._lax import lax_scan
 from jaxbptt._types import PyTree
 
 _ALIKE = 50  # tolerances within which float64 must repeat the recorded outputs, if at all
@@ -116,7 +117,7 @@ def _forward(step: Callable, window: Window) -> Callable[[list, list, Any], list
         def at(size: jax.Array) -> list:
             pairs = zip(rows, direction, strict=True)
             moved = [r + lax.convert_element_type(size, d.dtype) * d for r, d in pairs]
-            carry, ys = lax.scan(one, window.carry, (moved, window.xs), length=window.length)
+            carry, ys = lax_scan(one, window.carry, (moved, window.xs), length=window.length)
             return [*moving(carry), *(y[-1] for y in ys)]
 
         return lax.map(at, sizes)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jaxbptt._lax import lax_scan
 from jaxbptt._record import Recorder, record
 from jaxbptt._types import PyTree
 
@@ -80,7 +80,7 @@ def recorded_run(
             tape, y = rec(theta, tape, wrap(x))
             return tape, (tape.carry, y)
 
-        tape, outs = lax.scan(one, tape, xs, length=length)
+        tape, outs = lax_scan(one, tape, xs, length=length)
         rows = jax.tree.map(lambda leaf: leaf[None], ct_y)
         return rec.pullback(theta, tape, rows, ct_carry), outs
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt._avals import like
+from jaxbptt._lax import lax_scan
 
 
 class Marker:
@@ -201,7 +202,7 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
         outs = trip(carry, x)
         return drop(outs[: len(init)], init), drop(outs[len(init) :], ys_kinds)
 
-    last, ys = lax.scan(
+    last, ys = lax_scan(
         known_trip,
         drop(init, init),
         drop(xs, xs),

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbptt import _errors, _objective, _optimizer, _stream, _update
 from jaxbptt._avals import canonical
 from jaxbptt._closure import pick
+from jaxbptt._lax import lax_scan
 from jaxbptt._learner_state import LearnerState, Metrics, Pending, check_state
 from jaxbptt._record import Recorder, record
 from jaxbptt._step import own_containers
@@ -127,7 +127,7 @@ class Learner:
             return carry, Metrics(loss, aux, jnp.zeros((), bool))
 
         carry = state.tape.carry if carry is None else carry
-        return lax.scan(one, canonical(carry, "carry"), canonical(xs, "xs"))
+        return lax_scan(one, canonical(carry, "carry"), canonical(xs, "xs"))
 
     def run(
         self,
@@ -202,7 +202,7 @@ class _Compiled:
         self.learner = learner
         update = learner.update
         self._run = jax.jit(
-            lambda steps, state, xs: lax.scan(update, state, xs, length=steps),
+            lambda steps, state, xs: lax_scan(update, state, xs, length=steps),
             static_argnums=0,
             donate_argnums=1,
         )

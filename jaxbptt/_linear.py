@@ -108,9 +108,9 @@ def _is_known(name: str, kinds: _Kinds) -> bool:
         together = kinds[: JOINT[name]]
         return FIXED not in together and moving == together.count(MOVES)
     if name == "select_n":
-        return kinds[0] != MOVES and FIXED not in kinds[1:]
+        return FIXED not in kinds[1:]  # what moves is inexact, and so never the choice itself
     if name in ("scatter", "scatter-add"):
-        return kinds[1] != MOVES and FIXED not in (kinds[0], kinds[2])
+        return FIXED not in (kinds[0], kinds[2])
     if name == "triangular_solve":
         return kinds == [FIXED, MOVES]
     return name in LINEAR and kinds[0] == MOVES and moving == 1

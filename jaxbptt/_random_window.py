@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbptt import _errors
+from jaxbptt._lax import lax_scan
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,7 @@ class RandomWindow:
             return jnp.where(cut, 1, age + 1), jnp.where(cut, 0, 1 / (1 - c))
 
         first = 1 + 0 * jnp.sum(drawn[:1])  # it varies over a mesh as the key does
-        return jnp.append(lax.scan(one, first, drawn)[1], 1)[:length]
+        return jnp.append(lax_scan(one, first, drawn)[1], 1)[:length]
 
 
 def random_window(key: jax.Array, mean: float, alpha: float = 6.0) -> RandomWindow:

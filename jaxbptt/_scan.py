@@ -14,6 +14,7 @@ from jaxbptt._closure import Closure, differentiable, fill, pick, trace
 from jaxbptt._forward import record_run
 from jaxbptt._groups import Groups
 from jaxbptt._interpret import bind, is_reference, scan_counts
+from jaxbptt._lax import lax_scan
 from jaxbptt._random_window import RandomWindow
 from jaxbptt._reverse import Run, pull_run
 from jaxbptt._types import PyTree, type_of
@@ -31,6 +32,7 @@ def scan(
     length: int | None = None,
     reverse: bool = False,
     unroll: int | bool = 1,
+    _split_transpose: bool = False,
     *,
     window: PyTree,
     every: int = 1,
@@ -55,6 +57,7 @@ def scan(
         length: number of steps; needed where `xs` has no leaves.
         reverse: whether to run from the last row of `xs` to the first.
         unroll: how many steps one trip of the compiled forward loop has, as in `lax.scan`.
+        _split_transpose: taken as `lax.scan` takes it; a derivative of our own does not need it.
         window: how many steps a cotangent reaches back, the present one included; None for
             all: full backpropagation through time. Or ints in the containers of the carry,
             or of its outer part: a window for each part. Or a `random_window`, whose cuts are
@@ -100,7 +103,7 @@ def scan(
         f = _unforwarded(f, ys_too=windows is not None and windows.longest < every)
 
     def plain(init: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-        return lax.scan(f, init, xs, length=length, reverse=reverse, unroll=unroll)
+        return lax_scan(f, init, xs, length, reverse, unroll, _split_transpose)
 
     # lax.scan itself checks, promotes and hoists; what it leaves is one equation. With
     # jit disabled it would leave none.

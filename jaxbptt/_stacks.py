@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt._avals import filled
+from jaxbptt._lax import lax_scan
 from jaxbptt._types import leaf_type
 
 _NUMBERS = range(29, 128)  # seldom the step's own constants, and any integer dtype has them
@@ -53,7 +54,7 @@ def scan_stacking(
     if not length:
         return state, stacks
     places = jnp.arange(length, dtype=jnp.int32)
-    done, _ = lax.scan(one, (state, stacks), (places, rows), reverse=reverse, unroll=unroll)
+    done, _ = lax_scan(one, (state, stacks), (places, rows), reverse=reverse, unroll=unroll)
     return done
 
 

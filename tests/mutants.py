@@ -411,8 +411,8 @@ FAULTS = [Fault(*row) for row in [
      "dataclasses.replace(settings, window=1, every=1)", "dataclasses.replace(settings, window=1)"),
 
     # ------------------------------- rules that are not linear, effects, other steps' tapes
-    ("a selection by what moves counts as linear", "_linear", "linear",
-     'return kinds[0] != MOVES and FIXED not in kinds[1:]', 'return FIXED not in kinds[1:]'),
+    ("a selection of what moves or a number counts as linear", "_linear", "linear",
+     "return FIXED not in kinds[1:]", "return True"),
     ("a product of two things that move counts as linear", "_linear", "linear",
      "return moving == 1", "return moving >= 1"),
     ("a constant put beside what moves counts as nothing", "_linear", "linear",

@@ -52,6 +52,7 @@ OTHER = {
     "by its norm": lambda r, ct: ct / jnp.maximum(1.0, jnp.sqrt(jnp.sum(ct**2))),
     "noise added": lambda r, ct: ct + r,
     "selected by itself": lambda r, ct: jnp.where(ct > 0, ct, 0.0),
+    "selected beside a number": lambda r, ct: jnp.where(r > 0, ct, 1.0),
     "product with itself": lambda r, ct: ct * ct,
     "sign": lambda r, ct: jnp.sign(ct),
     "put among others": lambda r, ct: jnp.concatenate([ct, r]),

@@ -21,7 +21,7 @@ import optax
 import pytest
 from harness import PATIENCE, ROOT, environment, grid
 
-from jaxbptt import _demo, _demo_look
+from jaxbptt import _demo, _demo_look, _demo_options
 from jaxbptt.__main__ import _keep, _say, main
 from jaxbptt._demo import Model, Run, Settings, tape_bytes, train
 from jaxbptt._demo_look import Seen, gradient_by_lag, held_out_bits
@@ -492,3 +492,10 @@ def test_a_second_interrupt_does_not_wait(text, tmp_path, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["job.json"]
+
+
+def test_the_least_numbers_that_options_take():
+    least = "--window 1 --every 1 --hidden 1 --batch 1 --steps 1 --seed 0 --save-every 0".split()
+    options = vars(_demo_options.parser().parse_args(least))
+    names = ("window", "every", "hidden", "batch", "steps", "seed", "save_every")
+    assert [options[name] for name in names] == [1, 1, 1, 1, 1, 0, 0]

@@ -91,3 +91,23 @@ def test_a_file_of_another_program_is_no_job(text, tmp_path):
     (out / "checkpoints" / "job.json").write_text(json.dumps({"finished": False}))
     assert job(text, out) == 0
     shutil.rmtree(out)
+
+
+def test_it_is_saved_after_each_block_that_passes_a_number_of_steps():
+    class Store:
+        saved = []
+
+        def save(self, steps, state, data):
+            self.saved.append(steps)
+
+    class At:
+        state, curve, seconds = None, [], 0.0
+
+        def __init__(self, steps):
+            self.steps = steps
+
+    saves = _demo_saves.RunSaves(Store(), every=50, last=0, say=print)
+    for steps in (30, 60, 90, 130, 150, 170):
+        saves.save(At(steps), last=False)
+    saves.save(At(170), last=True)
+    assert Store.saved == [60, 130, 150, 170]

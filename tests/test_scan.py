@@ -558,3 +558,24 @@ def test_works_with_jit_disabled():
 
     with jax.disable_jit():
         assert jax.grad(run)(0.5) == 5.5
+
+
+def test_put_in_the_place_of_lax_scan(monkeypatch):
+    """A library that one can't edit is tried so; flax passes an argument of its own."""
+
+    def run(w):
+        def body(c, x):
+            return jnp.tanh(w * c + x), c**2
+
+        return total(lax.scan(body, 0.1, jnp.arange(5.0), _split_transpose=False)[1])
+
+    want = jax.value_and_grad(run)(0.7)
+    monkeypatch.setattr(jax.lax, "scan", functools.partial(jaxbptt.scan, window=None))
+    got = jax.value_and_grad(run)(0.7)
+    assert got[0] == want[0]
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-13)
+    # What the library itself loops over is lax.scan all the same.
+    rec = jaxbptt.record(lambda w, c, x: (jnp.tanh(w * c + x),) * 2, window=3)
+    tape = rec.init(0.5, 0.1, 0.0)
+    tape, _ = lax.scan(lambda tape, x: rec(0.5, tape, x), tape, jnp.arange(4.0))
+    assert np.isfinite(rec.pullback(0.5, tape, jnp.ones(1)).params)
