@@ -405,7 +405,7 @@ FAULTS = [Fault(*row) for row in [
      "done[0].run.settings.window - 0.5", "done[0].run.settings.window + 0.5"),
     ("the least number that an option takes is refused", "_demo_options", "main",
      "if least <= int(given) <= _LARGEST:", "if least < int(given) <= _LARGEST:"),
-    ("it is saved only where a block ends on the number", "_demo_saves", "main_resume",
+    ("it is saved only where a block ends on the number", "_demo_saves", "main_folders main_resume",
      "steps // every > self.last // every)", "steps % every == 0)"),
     ("a baseline has the groups of the run beside it", "__main__", "main",
      "dataclasses.replace(settings, window=1, every=1)", "dataclasses.replace(settings, window=1)"),

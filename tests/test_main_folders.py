@@ -94,11 +94,11 @@ def test_a_file_of_another_program_is_no_job(text, tmp_path):
 
 
 def test_it_is_saved_after_each_block_that_passes_a_number_of_steps():
-    class Store:
-        saved = []
+    saved = []
 
+    class Store:
         def save(self, steps, state, data):
-            self.saved.append(steps)
+            saved.append(steps)
 
     class At:
         state, curve, seconds = None, [], 0.0
@@ -110,4 +110,4 @@ def test_it_is_saved_after_each_block_that_passes_a_number_of_steps():
     for steps in (30, 60, 90, 130, 150, 170):
         saves.save(At(steps), last=False)
     saves.save(At(170), last=True)
-    assert Store.saved == [60, 130, 150, 170]
+    assert saved == [60, 130, 150, 170]
