@@ -5,6 +5,7 @@ right where the pullback is linear and does nothing else. A rule of the user's t
 (a cotangent clipped at each step) or that acts (a print) needs to see each chain as it is.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -49,54 +50,84 @@ def pull_chains(
         ct_ys: cotangents of ys, each (length, *y.shape).
     """
     length, every, kinds = groups.length, groups.every, closure.cotangents
-    weights = [*kinds["hoisted"], *kinds["params"]]
-    windows = groups.parts or (groups.window,) * len(kinds["carry"])
-    padding = min(groups.window, length) - 1  # rows of x̄ for steps before the first
-
-    def chain(sums: _Sums, end: Any, outputs: int, ct_carry: list) -> _Sums:
-        """The sums with what the group of so many outputs sends back that ends at step `end`."""
-        steps, *parts = (within(w, outputs, every) for w in (groups.window, *groups.parts))
-        steps, count = min(steps, length), min(outputs, steps)
-        newest = length - end if reverse else end - 1  # its row
-
-        def read(lag: Any) -> list:
-            lag = jnp.minimum(lag, end - 1)
-            return rows(stacks, newest + lag if reverse else newest - lag)
-
-        window = Window(read, fixed, steps, jnp.minimum(end, steps), tuple(parts))
-        oldest_first = [_rows_up_to(v, newest, count, reverse) for v in ct_ys]
-        ct = window_sums(closure, window, ct_carry, oldest_first, count, keep_xs=True)
-        there = [end <= within(w, outputs, every) for w in windows]
-        reached = [where_or_zero(t, lam) for t, lam in zip(there, ct.carry, strict=True)]
-        start = newest if reverse else newest + 1 - steps + padding
-        by_row = [v if reverse else jnp.flip(v, 0) for v in ct.xs]
-        return _Sums(
-            _added(sums.weights, densify(ct.weights, weights)),
-            _added(sums.carry, reached),
-            [_added_at(total, start, v) for total, v in zip(sums.xs, by_row, strict=True)],
-        )
-
-    sums = _Sums(
-        zero_sums(weights),
-        zero_sums(kinds["carry"]),
-        zero_sums([leaf_type(kind).stacked(length + padding) for kind in kinds["x"]]),
-    )
+    run = _Run(closure, stacks, fixed, groups, reverse, ct_ys)
+    sums = run.zero_sums()
     full, left_over = divmod(length, every)
     if left_over:
-        sums = chain(sums, jnp.int32(length), left_over, ct_carry)
+        sums = run.with_chain(sums, jnp.int32(length), left_over, ct_carry)
 
     def one(sums: _Sums, group: Any) -> tuple[_Sums, None]:
         end = (group + 1) * every
-        return chain(sums, end, every, [where_or_zero(end == length, v) for v in ct_carry]), None
+        last = [where_or_zero(end == length, v) for v in ct_carry]
+        return run.with_chain(sums, end, every, last), None
 
     sums, _ = lax_scan(one, sums, jnp.arange(full, dtype=jnp.int32), reverse=True)
-    begin = 0 if reverse else padding
+    begin = 0 if reverse else run.padding
     xs = [lax.slice_in_dim(v, begin, begin + length) for v in sums.xs]
     return (
         dense_weights(closure, sums.weights),
         [v.astype(kind.dtype) for v, kind in zip(sums.carry, kinds["carry"], strict=True)],
         [v.astype(kind.dtype) for v, kind in zip(xs, kinds["x"], strict=True)],
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A recorded run and what comes back into it; see `pull_chains`."""
+
+    closure: Closure
+    stacks: list
+    fixed: list
+    groups: Groups
+    reverse: bool
+    ct_ys: list
+
+    @property
+    def padding(self) -> int:
+        """How many rows x̄ has for steps before the first, which a window may cover."""
+        return min(self.groups.window, self.groups.length) - 1
+
+    @property
+    def weights(self) -> list:
+        """The types of the weights."""
+        return [*self.closure.cotangents["hoisted"], *self.closure.cotangents["params"]]
+
+    def zero_sums(self) -> "_Sums":
+        """What no chain sends back."""
+        kinds, rows = self.closure.cotangents, self.groups.length + self.padding
+        return _Sums(
+            zero_sums(self.weights),
+            zero_sums(kinds["carry"]),
+            zero_sums([leaf_type(kind).stacked(rows) for kind in kinds["x"]]),
+        )
+
+    def with_chain(self, sums: "_Sums", end: Any, outputs: int, ct_carry: list) -> "_Sums":
+        """The sums with what the group of so many outputs sends back that ends at step `end`."""
+        every, length = self.groups.every, self.groups.length
+        steps, *parts = (
+            within(w, outputs, every) for w in (self.groups.window, *self.groups.parts)
+        )
+        steps, count = min(steps, length), min(outputs, steps)
+        newest = length - end if self.reverse else end - 1  # its row
+
+        def read(lag: Any) -> list:
+            lag = jnp.minimum(lag, end - 1)  # the first step again, where there is none
+            return rows(self.stacks, newest + lag if self.reverse else newest - lag)
+
+        window = Window(read, self.fixed, steps, jnp.minimum(end, steps), tuple(parts))
+        ct_ys = [_rows_up_to(v, newest, count, self.reverse) for v in self.ct_ys]
+        ct = window_sums(self.closure, window, ct_carry, ct_ys, count, keep_xs=True)
+        # λ goes on into init where it was not cut before the first step.
+        windows = self.groups.parts or (self.groups.window,) * len(ct.carry)
+        reached = [end <= within(w, outputs, every) for w in windows]
+        into_init = [where_or_zero(r, lam) for r, lam in zip(reached, ct.carry, strict=True)]
+        start = newest if self.reverse else newest + 1 - steps + self.padding
+        xs = [v if self.reverse else jnp.flip(v, 0) for v in ct.xs]
+        return _Sums(
+            _added(sums.weights, densify(ct.weights, self.weights)),
+            _added(sums.carry, into_init),
+            [_added_at(total, start, v) for total, v in zip(sums.xs, xs, strict=True)],
+        )
 
 
 class _Sums(NamedTuple):
