@@ -33,6 +33,8 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
     moving = {name: pick(masks[name], leaves) for name, leaves in groups.items()}
     still = {name: pick(masks[name], leaves, False) for name, leaves in groups.items()}
     every, replays = tape._settings.every, tape._settings.weights == "replayed"
+    programs = {name: value for name, value in closure.consts.items() if name != "hoisted"}
+    closure = closure.bind({})  # what the rules close over outlives this trace: no array of it
 
     def run(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, list]:
         args = {name: fill(masks[name], moving[name], still[name]) for name in moving}
@@ -67,8 +69,7 @@ def call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape,
         return _pull_group(bound, tape, params, fixed, ct_carry, ct_y), None, None, None
 
     recorded_step.defvjp(forward, backward)
-    consts = {name: value for name, value in closure.consts.items() if name != "hoisted"}
-    return recorded_step(moving, still, tape, consts)
+    return recorded_step(moving, still, tape, programs)
 
 
 def tape_window(closure: Closure, tape: Tape, params: list, fixed: list, rows: int) -> Window:

@@ -197,6 +197,7 @@ def _call(
     moving = {name: pick(masks[name], leaves[name]) for name in _GROUPS}
     still = {name: pick(masks[name], leaves[name], False) for name in _GROUPS}
     programs = {name: value for name, value in closure.consts.items() if name != "hoisted"}
+    closure = closure.bind({})  # what the rules close over outlives this trace: no array of it
 
     @jax.custom_vjp
     def run(

@@ -572,3 +572,23 @@ def test_flax_cells(name):
     for t, (got, _) in enumerate(found.grads, start=1):
         want = reference.unrolled(t, oracles.reach(t, WINDOW), [ct_y])
         oracles.check(f"flax {name}", got, want.params, 1e-12)
+
+
+@pytest.mark.parametrize("way", ["scan", "scan, no window", "record", "replayed"])
+def test_no_tracer_outlives_its_trace(way):
+    """What the derivative's rules close over is kept with the program: it may hold no array."""
+
+    def loss(a):
+        if way.startswith("scan"):
+            window = None if way == "scan, no window" else 2
+            return jaxbptt.scan(
+                lambda c, x: (jnp.tanh(c + a * x), c), a, XS[:, 0, 0], window=window
+            )[0]
+        weights = "replayed" if way == "replayed" else "current"
+        rec = jaxbptt.record(lambda w, c, x: (jnp.tanh(w * c + a),) * 2, window=2, weights=weights)
+        return rec(a, rec.init(a, a, a), a)[1]
+
+    want = jax.value_and_grad(loss)(0.3)
+    with jax.checking_leaks():
+        got = jax.jit(jax.value_and_grad(loss))(0.3)
+    np.testing.assert_allclose(got, want, rtol=1e-13)
