@@ -51,7 +51,25 @@ def _as_args(case):
 
 def draw(seed: int, *shape: int, scale: float = 0.5, dtype: Any = F64) -> jax.Array:
     """Normal numbers; drawn in NumPy, since each shape would be compiled by JAX."""
-    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), dtype)
+    return jnp.asarray(scale * numbers(seed, *shape, dtype=dtype), dtype)
+
+
+def numbers(seed: int, *shape: int, dtype: Any = np.float64) -> np.ndarray:
+    """Normal numbers as NumPy has them, complex ones with an imaginary part of their own."""
+    value = np.random.default_rng(seed).normal(size=shape)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        value = value + 1j * np.random.default_rng(seed + 1000).normal(size=shape)
+    return value
+
+
+def drawer(scale: float = 0.5) -> Any:
+    """A function from a shape to normal numbers, others at each call."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int, dtype: Any = F64) -> jax.Array:
+        return jnp.asarray(scale * rng.normal(size=shape), dtype)
+
+    return draw
 
 
 def weigh(ct: Any, tree: Any) -> Any:
@@ -149,6 +167,25 @@ def one_row(ct_y: Any) -> Any:
 def moving_only(ct: Any) -> oracles.Expected:
     """Cotangents without their float0 leaves, which no compiled function returns."""
     return oracles.Expected(moving(ct.params), moving(ct.carry), moving(ct.xs))
+
+
+def sgd(rec: Any, rate: float, loss: Any = lambda y: y) -> Any:
+    """The body of an online loop: SGD by the gradient of each step's loss of y.
+
+    It takes ((params, tape), x) and returns the next of these, and (the loss, the gradient).
+    """
+
+    def update(state, x):
+        params, tape = state
+
+        def loss_fn(params):
+            new_tape, y = rec(params, tape, x)
+            return loss(y), new_tape
+
+        (value, tape), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return (jax.tree.map(lambda p, g: p - rate * g, params, grads), tape), (value, grads)
+
+    return update
 
 
 # -------------------------------------------------------------------- scan

@@ -18,7 +18,7 @@ import numpy as np
 import one_process
 import oracles
 import pytest
-from harness import PATIENCE, grid
+from harness import PATIENCE, drawer, grid
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,11 +46,7 @@ hlo = from_file(ROOT / "benchmarks" / "collectives.py")
 BATCH, INPUTS, HIDDEN, OUTPUTS, T, WINDOW = 40, 3, 96, 80, 6, 4
 WEIGHTS = ["stored", "current", "replayed"]
 KINDS = ["Auto", "Explicit"]
-rng = np.random.default_rng(0)
-
-
-def draw(*shape):
-    return jnp.asarray(0.5 * rng.normal(size=shape))
+draw = drawer()
 
 
 PARAMS = {

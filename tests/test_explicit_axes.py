@@ -5,10 +5,9 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import oracles
 import pytest
-from harness import grid
+from harness import drawer, grid, sgd
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from meshes import entered, laid, mesh_of
@@ -16,11 +15,7 @@ from meshes import entered, laid, mesh_of
 import jaxbptt
 
 BATCH, INPUTS, HIDDEN, T = 8, 3, 16, 12
-rng = np.random.default_rng(0)
-
-
-def draw(*shape):
-    return jnp.asarray(0.5 * rng.normal(size=shape))
+draw = drawer()
 
 
 PARAMS = {"wx": draw(INPUTS, HIDDEN), "wh": draw(HIDDEN, HIDDEN) / 2, "b": draw(HIDDEN)}
@@ -55,19 +50,10 @@ def by_lag(params, carry, xs):
 
 
 def online(params, carry, xs, **settings):
-    def update(state, x):
-        params, tape = state
-
-        def loss_fn(params):
-            new_tape, y = rec(params, tape, x)
-            return jnp.mean(y**2), new_tape
-
-        (loss, tape), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return (jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), tape), loss
-
     rec = jaxbptt.record(step, window=4, **settings)
-    (params, _), losses = lax.scan(update, (params, rec.init(params, carry, xs[0])), xs)
-    return params, losses
+    update = sgd(rec, 0.05, lambda y: jnp.mean(y**2))
+    (params, _), found = lax.scan(update, (params, rec.init(params, carry, xs[0])), xs)
+    return params, found[0]
 
 
 def learned(params, carry, xs, **settings):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,8 +63,7 @@ def case(name):
     return entered
 
 
-def draw(seed, *shape, scale=1.0):
-    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape))
+draw = functools.partial(harness.draw, scale=1.0)
 
 
 def filled(tree, seed):

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import oracles
 import pytest
-from harness import first, grid, moving_only, one_row
+from harness import draw, first, grid, moving_only, one_row
 from jax import lax
 from oracles import again, check, check_cotangents, drifting, moving, random_like, reach, refill
 
@@ -29,10 +28,6 @@ class Case(NamedTuple):
     step: Any
     params: Any
     carry: Any
-
-
-def draw(seed, *shape, scale=0.5):
-    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape))
 
 
 def filled(tree, seed):

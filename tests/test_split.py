@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import numbers
 from jax import lax
 
 from jaxbptt._contract import Split
@@ -22,10 +23,7 @@ F32, F64, BF16 = jnp.float32, jnp.float64, jnp.bfloat16
 
 
 def draw(seed, *shape, dtype=np.float64):
-    value = np.random.default_rng(seed).normal(size=shape)
-    if np.issubdtype(dtype, np.complexfloating):
-        value = value + 1j * np.random.default_rng(seed + 1000).normal(size=shape)
-    return value.astype(dtype)
+    return numbers(seed, *shape, dtype=dtype).astype(dtype)
 
 
 # -------------------------------------------------------------- the machinery

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import numbers
 from jax import lax
 from jax.extend import core
 
@@ -19,12 +20,8 @@ TRIPS = 3
 BATCH, IN, HIDDEN, WORDS = 2, 3, 4, 5  # a product of up to 8 rows waits for its matrix
 
 
-def draw(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-WX, WH, HEAD = draw(1, IN, HIDDEN), draw(2, HIDDEN, HIDDEN), draw(3, HIDDEN, WORDS)
-X, H = draw(4, TRIPS, BATCH, IN), draw(5, BATCH, HIDDEN)
+WX, WH, HEAD = numbers(1, IN, HIDDEN), numbers(2, HIDDEN, HIDDEN), numbers(3, HIDDEN, WORDS)
+X, H = numbers(4, TRIPS, BATCH, IN), numbers(5, BATCH, HIDDEN)
 
 
 # -------------------------------------------------------------- the machinery
@@ -185,7 +182,7 @@ def test_what_is_made_of_a_product_stays_in_the_loop():
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_a_product_of_many_rows_keeps_its_matrix_busy(rows):
     moves = rows <= 8
-    x, h = draw(6, TRIPS, rows, IN), draw(7, rows, HIDDEN)
+    x, h = numbers(6, TRIPS, rows, IN), numbers(7, rows, HIDDEN)
     made = divided(rnn, [WX, WH, HEAD], [x], [h])
     assert bool(made.before) == bool(made.after) == moves
     assert made.inside.count("dot_general") == (1 if moves else 3)
@@ -205,8 +202,8 @@ def test_rows_of_a_batched_product_and_of_a_matrix_from_the_left():
         return [state[0] + heads.sum() + turned.sum()], []
 
     def before(batch):
-        rows = [draw(8, TRIPS, 6, batch, IN), draw(9, TRIPS, 4, batch)]
-        made = divided(body, [draw(10, 6, IN, 5), draw(11, 7, 4)], rows, [np.float64(0.0)])
+        rows = [numbers(8, TRIPS, 6, batch, IN), numbers(9, TRIPS, 4, batch)]
+        made = divided(body, [numbers(10, 6, IN, 5), numbers(11, 7, 4)], rows, [np.float64(0.0)])
         return made.before.count("dot_general")
 
     assert before(8) == 2
@@ -220,7 +217,7 @@ def test_products_that_wait_for_nothing():
         own_square = row[1][0] @ row[1][0]
         return [state[0] + both_move.sum() + both_still.sum() + own_square], []
 
-    made = same_loop(body, [WX], [X, draw(12, TRIPS, 1, 4)], [np.float64(0.5)])
+    made = same_loop(body, [WX], [X, numbers(12, TRIPS, 1, 4)], [np.float64(0.5)])
     assert made.before == []
     assert made.inside.count("dot_general") == 3
 
@@ -410,7 +407,7 @@ def test_a_pullback_has_its_cotangents_behind_the_loop():
         z = (lam + ct_y) * (1 - h**2)
         return [z @ wh.T], [z @ wx.T, z]
 
-    made = same_loop(body, [WX, WH], [draw(13, TRIPS, BATCH, HIDDEN)] * 2, [H])
+    made = same_loop(body, [WX, WH], [numbers(13, TRIPS, BATCH, HIDDEN)] * 2, [H])
     assert made.inside.count("dot_general") == 1
     assert made.after[-1] == "dot_general"
     assert made.stages.cut == [made.stages.later[1]]
@@ -428,7 +425,7 @@ def test_a_scatter_takes_its_own_memory():
         scores = table @ fixed[1]
         return [state[0] + jnp.sum(updates)], [scores]
 
-    rows = [np.array([[1, 5], [0, 0], [5, 2]]), draw(14, TRIPS, 2, HIDDEN)]
+    rows = [np.array([[1, 5], [0, 0], [5, 2]]), numbers(14, TRIPS, 2, HIDDEN)]
     made = same_loop(body, [WH, HEAD], rows, [np.float64(0.0)])
     assert "scatter-add" in made.before + made.after
     held = {*made.stages.early, *made.stages.cut, *made.stages.later}
@@ -443,7 +440,7 @@ def test_a_scatter_takes_its_own_memory():
 
 # ------------------------------------------------------------- random programs
 
-SQUARES = [draw(20, 3, 3) / 2, draw(21, 3, 3) / 2]
+SQUARES = [numbers(20, 3, 3) / 2, numbers(21, 3, 3) / 2]
 OPERATIONS = {
     "tanh": lambda a, b, w: jnp.tanh(a),
     "add": lambda a, b, w: a + b,
@@ -459,7 +456,10 @@ def test_random_programs():
     """All values are (2, 3), so that the few operations are compiled once, one by one."""
     rng = np.random.default_rng(1)
     moved = {"before": 0, "after": 0, "inside": 0}
-    rows, state = [draw(22, TRIPS, 2, 3), draw(23, TRIPS, 2, 3)], [draw(24, 2, 3), draw(25, 2, 3)]
+    rows, state = (
+        [numbers(22, TRIPS, 2, 3), numbers(23, TRIPS, 2, 3)],
+        [numbers(24, 2, 3), numbers(25, 2, 3)],
+    )
     for _ in range(30):
         picked = [str(name) for name in rng.choice(list(OPERATIONS), 8)]
         places, wanted = rng.integers(0, 12, (8, 2)), rng.integers(0, 12, 6)

@@ -5,6 +5,7 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +33,7 @@ def case(make):
     return make
 
 
-def draw(seed, *shape, dtype=F64):
-    value = np.random.default_rng(seed).normal(size=shape)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        value = value + 1j * np.random.default_rng(seed + 1).normal(size=shape)
-    return jnp.asarray(0.6 * value, dtype)
+draw = functools.partial(harness.draw, scale=0.6)
 
 
 def cell_params(dtype=F64):

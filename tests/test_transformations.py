@@ -8,18 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from harness import grid, online
+from harness import drawer, grid, online, sgd
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxbptt
 
 WINDOW, T = 3, 5
-rng = np.random.default_rng(0)
-
-
-def draw(*shape, dtype=jnp.float64):
-    return jnp.asarray(0.5 * rng.normal(size=shape), dtype)
+draw = drawer()
 
 
 PARAMS = {"w": draw(4, 4), "u": draw(3, 4)}
@@ -34,17 +30,7 @@ def step(params, h, x):
 def descend(recorder, params, tape, xs, rate=0.3):
     """SGD at every step: (parameters, tape), (losses, gradients)."""
 
-    def one(state, x):
-        params, tape = state
-
-        def loss_fn(params):
-            new_tape, y = recorder(params, tape, x)
-            return y, new_tape
-
-        (value, tape), ct = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return (jax.tree.map(lambda p, g: p - rate * g, params, ct), tape), (value, ct)
-
-    return lax.scan(one, (params, tape), xs)
+    return lax.scan(sgd(recorder, rate), (params, tape), xs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
