@@ -132,8 +132,11 @@ def test_compiled_once():
         traces.append(1)
         return step(*args)
 
+    alive = []  # what equal learners share goes with the last of them
+
     def run(stop):
         learner = make(counted)
+        alive.append(learner)
         learner.run(begun(learner), stream(0, stop), block=4)
 
     run(8)
