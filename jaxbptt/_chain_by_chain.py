@@ -104,10 +104,9 @@ class _Run:
     def with_chain(self, sums: "_Sums", end: Any, outputs: int, ct_carry: list) -> "_Sums":
         """The sums with what the group of so many outputs sends back that ends at step `end`."""
         every, length = self.groups.every, self.groups.length
-        steps, *parts = (
-            within(w, outputs, every) for w in (self.groups.window, *self.groups.parts)
-        )
-        steps, count = min(steps, length), min(outputs, steps)
+        windows = self.groups.window, *self.groups.parts
+        steps, *parts = (min(within(w, outputs, every), length) for w in windows)
+        count = min(outputs, steps)
         newest = length - end if self.reverse else end - 1  # its row
 
         def read(lag: Any) -> list:
@@ -118,8 +117,8 @@ class _Run:
         ct_ys = [_rows_up_to(v, newest, count, self.reverse) for v in self.ct_ys]
         ct = window_sums(self.closure, window, ct_carry, ct_ys, count, keep_xs=True)
         # λ goes on into init where it was not cut before the first step.
-        windows = self.groups.parts or (self.groups.window,) * len(ct.carry)
-        reached = [end <= within(w, outputs, every) for w in windows]
+        of_leaves = self.groups.parts or (self.groups.window,) * len(ct.carry)
+        reached = [end <= within(w, outputs, every) for w in of_leaves]
         into_init = [where_or_zero(r, lam) for r, lam in zip(reached, ct.carry, strict=True)]
         start = newest if self.reverse else newest + 1 - steps + self.padding
         xs = [v if self.reverse else jnp.flip(v, 0) for v in ct.xs]

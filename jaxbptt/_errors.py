@@ -14,8 +14,8 @@ _KEEP_CARRY = (
     "Make a tape with this recorder's init; the carry can be kept: rec.init(params, tape.carry, x)."
 )
 _NUMBERS = (
-    "A number that the step closes over is part of the step: one that changes, or that gradients "
-    "are wanted of, has to be an array (jnp.asarray) before the tape is made."
+    "A number or NumPy scalar that the step closes over is part of it: one that changes, or that "
+    "gradients are wanted of, has to be an array (jnp.asarray) before the tape is made."
 )
 
 

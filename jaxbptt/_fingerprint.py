@@ -18,6 +18,8 @@ from jaxbptt._types import leaf_type
 # What only says of which type, or where, an array is, where its dtype stays the same.
 _RETYPES = frozenset("convert_element_type copy pcast pvary reshard sharding_constraint".split())
 _WHERE = frozenset({"weak_type", "sharding", "out_sharding"})
+# How exactly products are computed is a setting of the moment, as `jax.default_matmul_precision`.
+_EXACTNESS = frozenset({"precision", "preferred_element_type"})
 
 # What a label says changes nothing that is computed.
 _LABELS = frozenset({"name", "debug_info", "name_and_src_info"})
@@ -79,13 +81,10 @@ def _pieces(closure: Closure) -> Iterator[str | bytes]:
 
 
 def _program(jaxpr: core.Jaxpr, *, loosely: bool = False) -> Iterator[str | bytes]:
-    """A jaxpr, its variables numbered in the order in which they come.
-
-    Loosely: see `program_hash`; programs inside equations are taken as they are.
-    """
+    """A jaxpr, its variables numbered in the order in which they come; loosely: `program_hash`."""
     names: dict[Any, int] = {}
     numbers = itertools.count()
-    ignored = _LABELS | _WHERE if loosely else _LABELS
+    ignored = _LABELS | _WHERE | _EXACTNESS if loosely else _LABELS
 
     def atoms(values: Iterable) -> Iterator[str | bytes]:
         for v in values:
@@ -108,7 +107,7 @@ def _program(jaxpr: core.Jaxpr, *, loosely: bool = False) -> Iterator[str | byte
         for key, value in sorted(eqn.params.items()):
             if key not in ignored:
                 yield key
-                yield from _value(value)
+                yield from _value(value, loosely)
         yield from atoms(eqn.outvars)
     yield "returns"
     yield from atoms(jaxpr.outvars)
@@ -129,21 +128,21 @@ def _type(aval: Any) -> str:
     return f"{leaf_type(aval)} {getattr(aval, 'weak_type', False)}"
 
 
-def _value(value: Any) -> Iterator[str | bytes]:
+def _value(value: Any, loosely: bool = False) -> Iterator[str | bytes]:
     """A parameter of an equation, or a constant."""
     if isinstance(value, core.ClosedJaxpr):
-        yield from _program(value.jaxpr)
-        yield from _value(value.consts)
+        yield from _program(value.jaxpr, loosely=loosely)
+        yield from _value(value.consts, loosely)
     elif isinstance(value, core.Jaxpr):
-        yield from _program(value)
+        yield from _program(value, loosely=loosely)
     elif isinstance(value, jax.Array | np.ndarray | np.generic):
         yield from _array(value)
     elif isinstance(value, Mapping):
-        yield from _value(sorted(value.items()))
+        yield from _value(sorted(value.items()), loosely)
     elif isinstance(value, tuple | list):
         yield f"{type(value).__name__} of {len(value)}"
         for each in value:
-            yield from _value(each)
+            yield from _value(each, loosely)
     elif isinstance(value, set | frozenset):
         yield from sorted(map(_without_places, value))
     elif not isinstance(value, jax.sharding.Sharding):

@@ -35,12 +35,6 @@ _CALLS = frozenset(
     "jit pjit closed_call core_call checkpoint remat remat2 custom_jvp_call custom_vjp_call "
     "custom_vjp_call_jaxpr".split()
 )
-# Zeros stay zeros in these.
-_MOVES = frozenset(
-    "broadcast_in_dim convert_element_type copy expand_dims neg pcast pvary reshape reshard "
-    "sharding_constraint slice squeeze transpose".split()
-)
-
 # What a value is: independent of the inputs in question, zero, or linear in them.
 FIXED, ZERO, MOVES = "fixed", "zero", "linear"
 _Kinds = list[str]
@@ -82,7 +76,7 @@ def _rule(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
     """The kinds of an equation's outputs."""
     name, count = eqn.primitive.name, len(eqn.outvars)
     if MOVES not in kinds:
-        return [ZERO if name in _MOVES and kinds[0] == ZERO else FIXED] * count
+        return _still(eqn, kinds)
     if name in _CALLS:
         return _outputs(*_inner(eqn, kinds))
     if name == "scan":
@@ -90,18 +84,33 @@ def _rule(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
     if name == "cond" and kinds[0] == FIXED:
         branches = [_outputs(b.jaxpr, kinds[1:]) for b in eqn.params["branches"]]
         return [_joined(list(each)) for each in zip(*branches, strict=True)]
-    if name == "convert_element_type" and not _is_inexact(eqn.outvars[0]):
-        raise _NotLinearError
-    if _is_known(name, kinds):
+    if not _is_rounding(eqn) and not _fills(eqn) and _is_known(name, kinds, count):
         return [MOVES] * count
     raise _NotLinearError
 
 
-def _is_known(name: str, kinds: _Kinds) -> bool:
-    """Whether a primitive is linear, or affine without a constant, in what moves."""
+def _still(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
+    """The same where nothing moves: what is made of zeros alone, as sums begin, stays zero."""
+    name, count = eqn.primitive.name, len(eqn.outvars)
+    if ZERO not in kinds:
+        return [FIXED] * count
+    if name in _CALLS or name == "scan":
+        try:
+            return _scan(eqn, kinds) if name == "scan" else _outputs(*_inner(eqn, kinds))
+        except _NotLinearError:
+            return [FIXED] * count
+    as_moving = [MOVES if kind == ZERO else kind for kind in kinds]
+    is_zero = name in BILINEAR or (not _fills(eqn) and _is_known(name, as_moving, count))
+    return [ZERO if is_zero else FIXED] * count
+
+
+def _is_known(name: str, kinds: _Kinds, outs: int) -> bool:
+    """Whether a primitive is linear, without a constant beside, in what moves."""
     moving = kinds.count(MOVES)
     if name in BILINEAR:
         return moving == 1
+    if name in ("ragged_dot", "ragged_dot_general"):
+        return moving == kinds[:2].count(MOVES) == 1
     if name in _IN_ALL:
         return FIXED not in kinds
     if name in JOINT:
@@ -111,9 +120,28 @@ def _is_known(name: str, kinds: _Kinds) -> bool:
         return FIXED not in kinds[1:]  # what moves is inexact, and so never the choice itself
     if name in ("scatter", "scatter-add"):
         return FIXED not in (kinds[0], kinds[2])
+    if name == "custom_linear_solve":  # in its right-hand sides, which come last
+        return MOVES not in kinds[:-outs] and FIXED not in kinds[-outs:]
     if name == "triangular_solve":
         return kinds == [FIXED, MOVES]
-    return name in LINEAR and kinds[0] == MOVES and moving == 1
+    first_alone = name in LINEAR or name in ("unstack", "scatter-mul")
+    return first_alone and kinds[0] == MOVES and moving == 1
+
+
+def _is_rounding(eqn: core.JaxprEqn) -> bool:
+    """Whether it rounds to so few digits that a sum of what was rounded is another number."""
+    if eqn.primitive.name == "reduce_precision":
+        return True
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    dtype: Any = eqn.outvars[0].aval.dtype  # type: ignore[attr-defined]
+    return not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16
+
+
+def _fills(eqn: core.JaxprEqn) -> bool:
+    """Whether a gather puts a number in the place of what is out of bounds: 0 and NaN add up."""
+    number = eqn.params.get("fill_value") if eqn.primitive.name == "gather" else None
+    return number is not None and bool(number == number) and bool(number != 0)
 
 
 def _joined(kinds: _Kinds) -> str:
@@ -144,7 +172,3 @@ def _inner(eqn: core.JaxprEqn, kinds: _Kinds) -> tuple[core.Jaxpr, _Kinds]:
     if inner is None or len(inner.invars) != len(kinds):
         raise _NotLinearError
     return inner, kinds
-
-
-def _is_inexact(atom: Any) -> bool:
-    return bool(jnp.issubdtype(atom.aval.dtype, jnp.inexact))

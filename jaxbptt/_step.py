@@ -80,5 +80,6 @@ def _params_are_left(before: list, after: PyTree) -> None:
         raise TypeError(
             f"step must leave params as they are, but it changed params{new[0]} in place, which is "
             "lost after the step. Carry what changes: from_nnx or from_linen make such a step of a "
-            "flax module with Dropout, BatchNorm or other state; else return it in the carry."
+            "flax module with Dropout, BatchNorm or other state; else return it in the carry, or "
+            "write into a copy."
         )

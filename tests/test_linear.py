@@ -45,6 +45,18 @@ LINEAR = {
     ),
     "call": lambda r, ct: jax.jit(lambda v: jax.checkpoint(lambda u: r * u)(v))(ct),
     "rows looked up": lambda r, ct: ct[jnp.array([2, 0])],
+    "a sum in a loop": lambda r, ct: (
+        lax.scan(lambda sums, row: (sums + jnp.outer(row, ct[0]), row @ r), jnp.zeros((3, 3)), r)[0]
+        + ct
+    ),
+    "stacked and taken apart": lambda r, ct: lax.cond(
+        r[0, 0] > 0, lambda v: jnp.stack([v[0], v[1]]), lambda v: 2 * v[:2], ct
+    ),
+    "a solution": lambda r, ct: jnp.linalg.solve(r + 3 * jnp.eye(3), ct),
+    "scaled rows": lambda r, ct: ct.at[jnp.array([0, 2])].multiply(r[:2]),
+    "rows that may lie outside": lambda r, ct: ct.at[jnp.array([0, 5])].get(
+        mode="fill", fill_value=0
+    ),
     "what it is not made of": lambda r, ct: (ct, jnp.zeros(2)),
 }
 OTHER = {
@@ -65,6 +77,12 @@ OTHER = {
     "in a loop": lambda r, ct: lax.fori_loop(0, 3, lambda _, v: jnp.tanh(v), ct),
     "loop from ones": lambda r, ct: lax.scan(lambda c, v: (c + v, c), jnp.ones(3), ct),
     "in a call": lambda r, ct: jax.jit(jnp.abs)(ct),
+    "filled with ones": lambda r, ct: ct.at[jnp.array([0, 5])].get(mode="fill", fill_value=1.0),
+    "in eight bits": lambda r, ct: ct.astype(jnp.float8_e4m3fn).astype(ct.dtype),
+    "fewer digits": lambda r, ct: lax.reduce_precision(ct, 4, 3),
+    "ones added in a loop": lambda r, ct: lax.scan(lambda c, v: (c + 1.0, v + c), jnp.zeros(3), ct)[
+        1
+    ],
     "a constant": lambda r, ct: (ct, jnp.ones(2)),
     "divided by": lambda r, ct: r / ct,
     "on the host": lambda r, ct: jax.pure_callback(np.asarray, ct, ct),
@@ -259,3 +277,56 @@ def test_in_half_precision_the_chains_are_added_up_in_float32():
 
     got = jax.jit(jax.grad(functools.partial(run, functools.partial(jaxbptt.scan, window=2))))(one)
     assert got == length
+
+
+@pytest.mark.parametrize(
+    "window", [{"fast": 6, "slow": 1}, {"fast": 8, "slow": 1}, {"fast": 1, "slow": 9}]
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_part_whose_window_is_longer_than_the_run(window, reverse):
+    """x̄ too lies at its own step."""
+    carry = {"fast": CARRY, "slow": draw(5, 2, 4)}
+    p, xs = {"w": PARAMS["w"], "u": PARAMS["u"]}, XS[:6]
+    run = oracles.Run(two_parts, p, carry, xs[::-1] if reverse else xs, 6)
+    carries, ys = run.trajectory
+    cts, lam = [random_like(y, s) for s, y in enumerate(ys)], random_like(carries[-1], 50)
+    want = run.whole([window["fast"], window["slow"]], 2, cts, lam)
+    want = want._replace(xs=[v[::-1] for v in want.xs]) if reverse else want
+    cts = cts[::-1] if reverse else cts
+    how = {"window": window, "every": 2, "reverse": reverse}
+    got, _ = pulled(two_parts, p, carry, xs, 6, cts, lam, **how)
+    check("clipped, long parts", got, want, 1e-12)
+
+
+STEPS = {
+    "an inner loop": lambda p, c, x: (
+        lax.scan(lambda a, w: (jnp.tanh(w * a + x), a), c, p)[0],
+        lax.scan(lambda a, w: (jnp.tanh(w * a + x), a), c, p)[1][-1],
+    ),
+    "a loop in a loop": lambda p, c, x: (
+        lax.scan(lambda a, w: (lax.fori_loop(0, 2, lambda _, b: jnp.sin(w * b), a), a), c + x, p)[
+            0
+        ],
+        c,
+    ),
+    "a checkpointed loop": lambda p, c, x: (
+        lax.scan(jax.checkpoint(lambda a, w: (jnp.tanh(w * a + x), None)), c, p)[0],
+        c,
+    ),
+    "a stack": lambda p, c, x: (jnp.sum(jnp.stack([jnp.tanh(p[0] * c), p[1] * x]), 0), c),
+    "a solution": lambda p, c, x: (
+        jnp.linalg.solve(jnp.outer(p, p) + 3 * jnp.eye(3), c + x),
+        c,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_pullbacks_of_everyday_operations_are_known_to_be_linear(name):
+    p, c, x = draw(0, 3), draw(1, 3), draw(2, 3)
+
+    def pull(res, *cts):
+        return jax.vjp(STEPS[name], *res)[1](cts)
+
+    closed = jax.make_jaxpr(pull)((p, c, x), *STEPS[name](p, c, x))
+    assert is_linear(closed, 3)

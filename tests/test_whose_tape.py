@@ -235,3 +235,28 @@ def test_parameters_changed_in_place_are_refused():
     params = {"w": jnp.asarray(0.5), "count": jnp.asarray(0)}
     with pytest.raises(TypeError, match=r"it changed params\['count'\] in place, .* from_nnx or"):
         jaxbptt.record(step, window=2).init(params, jnp.asarray(0.1), jnp.asarray(0.2))
+
+
+def test_how_exactly_products_are_computed_is_no_part_of_the_step():
+    tape = tape_of_cell()
+    with jax.default_matmul_precision("default"):
+        assert jax.jit(REC)(PARAMS, tape, ROWS[0])[0].length == 3
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs jax.set_mesh")
+@pytest.mark.parametrize("inner", ["cond", "scan"])
+def test_a_step_with_programs_inside_it_on_a_mesh_that_came_later(inner):
+    def step(w, c, x):
+        if inner == "cond":
+            c = lax.cond(
+                w.sum() > 0, lambda c: jnp.tanh(c @ w + x), lambda c: c + jnp.zeros((1, 4)), c
+            )
+        else:
+            c = lax.scan(lambda c, _: (jnp.tanh(c @ w + x + jnp.ones((1, 4))), None), c, None, 2)[0]
+        return c, c.sum()
+
+    rec = jaxbptt.record(step, window=3)
+    tape = rec.init(W, H, H)
+    tape, _ = rec(W, tape, H)
+    with entered(mesh_of(data=2)):
+        assert jax.jit(rec)(W, tape, H)[0].length == 2
