@@ -44,6 +44,7 @@ def edges(monkeypatch):
     del sys.modules["edges"]
 
 
+@pytest.mark.slow
 def test_the_edges_that_carry_gradient_are_those_that_the_windows_say(edges):
     within = {("ff", 0), ("ff", 1), *(("ss", lag) for lag in range(5))}  # 3 and 6 nodes
     assert edges.live_edges(jax.jit(edges.two_recorders)) == within | {("sf", 0)}

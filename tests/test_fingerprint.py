@@ -39,6 +39,7 @@ def of_zoo(names):
     return {name: of(case.step, case.params, case.carry, case.x()) for name, case in cases.items()}
 
 
+@pytest.mark.exhaustive
 def test_it_is_the_same_in_another_process(tmp_path):
     # There sets have another order, lines other numbers, and files another place.
     (tmp_path / "zoo.py").write_text("#\n" * 9 + Path(zoo.__file__).read_text("utf-8"), "utf-8")

@@ -399,6 +399,7 @@ def test_between_updates_there_are_the_products_of_a_forward_step(on_nonfinite):
 # --------------------------------------------------------------- hypergradients
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("weights", "every"), grid([("stored", 1), ("current", 2)], always=[("current", 2)])
 )

@@ -185,6 +185,7 @@ def test_says_the_results_side_by_side(kept):
         assert part in kept.progress
 
 
+@pytest.mark.exhaustive
 def test_other_alphabets_and_threads(tmp_path, monkeypatch):
     # The held-out part alone has an "ω", and only the main thread may handle signals.
     path = tmp_path / "ελληνικά.txt"

@@ -50,6 +50,7 @@ def test_a_folder_of_others_in_the_place_of_a_run_is_refused(text, tmp_path, cap
     assert (out / "checkpoints" / "window-2" / "3" / "data").read_text() == "precious"
 
 
+@pytest.mark.exhaustive
 def test_notes_put_among_the_checkpoints_stay(text, tmp_path, monkeypatch):
     out = tmp_path / "out"
     end = _demo_saves.Saves.finish
@@ -85,6 +86,7 @@ def test_killed_while_it_deletes_a_finished_job_it_is_finished(text, tmp_path, m
     assert not any((out / "checkpoints").glob("window-2/[0-9]*"))
 
 
+@pytest.mark.exhaustive
 def test_a_file_of_another_program_is_no_job(text, tmp_path):
     out = tmp_path / "out"
     (out / "checkpoints").mkdir(parents=True)

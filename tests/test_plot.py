@@ -239,6 +239,7 @@ def test_a_figure_of_its_own_is_as_wide_as_a_column_and_can_be_saved(tmp_path):
     assert (tmp_path / "by_lag.pdf").stat().st_size > 5000
 
 
+@pytest.mark.exhaustive
 def test_without_a_display_and_without_pyplot(tmp_path):
     code = (
         "import sys, jax.numpy as jnp, jaxbptt\n"

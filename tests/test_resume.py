@@ -370,6 +370,7 @@ def test_a_state_may_be_donated_as_soon_as_it_is_saved(tmp_path):
             assert_same(store.restore(state, step=i)[0], expected[i])
 
 
+@pytest.mark.exhaustive
 def test_a_donated_learner_is_saved_as_it_was(tmp_path):
     learner = learner_of()
     state, alone = (learner.init(PARAMS, CARRY, XS[0]) for _ in range(2))
@@ -433,6 +434,7 @@ def test_a_damaged_checkpoint_is_named_and_another_one_taken(tmp_path):
 # ------------------------------------------------------------ several devices
 
 
+@pytest.mark.exhaustive
 def test_leaves_are_restored_to_the_sharding_asked_for(tmp_path):
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
     lay = lambda spec: jax.sharding.NamedSharding(mesh, spec)  # noqa: E731
