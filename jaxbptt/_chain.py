@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxbptt._avals import zeros
 from jaxbptt._closure import Closure
-from jaxbptt._contract import Split, where_or_zero
+from jaxbptt._contract import Split, where_or_zero, widened
 from jaxbptt._interpret import ZERO, Value
 from jaxbptt._lax import lax_scan
 from jaxbptt._pulls import name_of
@@ -109,7 +109,7 @@ def by_lag(
 
 def zero_sums(kinds: Iterable) -> list:
     """Zeros to add up arrays of these types in: half precisions in float32."""
-    return [v.astype(jnp.float32) if jnp.finfo(v.dtype).bits < 32 else v for v in map(zeros, kinds)]
+    return [widened(zeros(kind)) for kind in kinds]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Split:
     def zero_sums(self) -> list[jax.Array]:
         """Where the sums start; half precisions are added up in float32."""
         made = [eqn.outvars[0] for eqn in self.scatters]
-        return [_widened(zeros(v.aval)) for v in [*made, *self.plain]]
+        return [widened(zeros(v.aval)) for v in [*made, *self.plain]]
 
     def add(self, sums: list, terms: list, live: Any) -> list:
         """The sums with the terms of one more lag, if it is live."""
@@ -93,12 +93,12 @@ class Split:
         made = [_product(p, *(stacks[v] for v in p.eqn.invars)) for p in self.products]
         for eqn in self.reductions:
             axes = (0, *(axis + 1 for axis in eqn.params["axes"]))
-            made.append(jnp.sum(_widened(stacks[eqn.invars[0]]), axes))
+            made.append(jnp.sum(widened(stacks[eqn.invars[0]]), axes))
         return made
 
     def zero_contractions(self) -> list[jax.Array]:
         """What `contract` gives for no lags at all."""
-        return [_widened(zeros(v.aval)) for v in self._contracted()]
+        return [widened(zeros(v.aval)) for v in self._contracted()]
 
     def finish(self, consts: list, args: Sequence, contracted: list, sums: list) -> list:
         """The weights' cotangents; of `args` only those that are the same at all lags count.
@@ -110,7 +110,7 @@ class Split:
         env.update(zip(summed, sums, strict=True))
         env.update(zip(self._contracted(), contracted, strict=True))
         for eqn in self.after:
-            values = [_widened(v) for v in values_of(eqn.invars, env)]
+            values = [widened(v) for v in values_of(eqn.invars, env)]
             env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
         return values_of(self.weights, env)
 
@@ -176,6 +176,7 @@ def _is_narrow(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32)
 
 
-def _widened(value: Any) -> Any:
+def widened(value: Any) -> Any:
+    """The value in the type to add up in: float32 for the half precisions."""
     narrow = hasattr(value, "dtype") and _is_narrow(value.dtype)
     return lax.convert_element_type(value, jnp.float32) if narrow else value

@@ -36,7 +36,7 @@ Rule = Callable[[core.JaxprEqn, list[Value]], list[Value]]
 
 # Primitives that only call a jaxpr, one to one in inputs and outputs. The calls
 # that carry a derivative rule of their own are left whole, or they would lose it.
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 _WHOLE = "run_whole"  # the name of a call that is left whole
 
 
@@ -50,7 +50,7 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in _CALLS and eqn.params.get("name") != _WHOLE:
+        if eqn.primitive.name in CALLS and eqn.params.get("name") != _WHOLE:
             outs = interpret(*_called(eqn), values, rule)
         else:
             outs = rule(eqn, values)
@@ -82,20 +82,20 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
     Which of its equations are needed, and in which order, can't be read off the variables then.
     """
+    if not _has_references(closed.jaxpr):
+        return closed
 
     def whole(*args: Any) -> list:
         return core.jaxpr_as_fun(closed)(*args)
 
     whole.__name__ = _WHOLE
-    if not _has_references(closed.jaxpr):
-        return closed
     return jax.make_jaxpr(jax.jit(whole))(*(like(v.aval) for v in closed.jaxpr.invars))
 
 
 def _has_references(jaxpr: core.Jaxpr) -> bool:
     return any(
         any(map(is_reference, [*eqn.invars, *eqn.outvars]))
-        or (eqn.primitive.name in _CALLS and _has_references(_called(eqn)[0]))
+        or (eqn.primitive.name in CALLS and _has_references(_called(eqn)[0]))
         for eqn in jaxpr.eqns
     )
 

@@ -145,7 +145,7 @@ def check_seal(manifest: Manifest, where: str) -> None:
         ValueError: it isn't.
     """
     if manifest.get("checksum") not in (None, _seal(manifest)):
-        raise damaged(where, "its manifest does")
+        raise _damaged(where, "its manifest")
 
 
 def check_sums(manifest: Manifest, read: Mapping[str, Any], where: str) -> None:
@@ -157,13 +157,13 @@ def check_sums(manifest: Manifest, read: Mapping[str, Any], where: str) -> None:
     for leaf in manifest["leaves"]:
         value, saved = read.get(leaf["name"]), leaf.get("checksum")
         if value is not None and saved is not None and checksum(value) not in (saved, None):
-            raise damaged(where, f"like{leaf['path']} does")
+            raise _damaged(where, f"like{leaf['path']}")
 
 
-def damaged(where: str, what: str) -> ValueError:
+def _damaged(where: str, what: str) -> ValueError:
     """The error for a checkpoint that changed on disk."""
     return ValueError(
-        f"{where} must hold what was saved, but {what} not match its checksum: the file was "
+        f"{where} must hold what was saved, but {what} does not match its checksum: the file was "
         "damaged. Take another checkpoint: restore(like, step=...)."
     )
 
