@@ -89,7 +89,8 @@ def few_programs(shape):
 
 def main_job():
     """What `python -m jaxbptt` compiles, as it is without options."""
-    from jaxbptt import _demo, _demo_options
+    from jaxbptt._demo import options as _demo_options
+    from jaxbptt._demo import train as _demo
 
     names = [field.name for field in dataclasses.fields(_demo.Settings)]
     options = _demo_options.parser().parse_args([])

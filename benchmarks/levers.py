@@ -27,7 +27,9 @@ from cells import lstm, problem
 from jax import lax
 
 import jaxbptt
-from jaxbptt import _split, _stacks, _tape
+from jaxbptt._closure import contraction as _split
+from jaxbptt._jaxprs import stacks as _stacks
+from jaxbptt._transforms import tape as _tape
 
 SHAPES = [GRID[i] for i in (8, 0, 1, 2, 15, 11, 14, 10)]
 NARROW = jnp.bfloat16

@@ -14,22 +14,23 @@ A loop over single time steps with the gradient inside it; here it reaches back 
     5.5
 """
 
-from jaxbptt._check import check_step
-from jaxbptt._check_report import Finding, Report
-from jaxbptt._checkpoints import Checkpoints, checkpoints
-from jaxbptt._cotangents import Cotangents
-from jaxbptt._decay import Decay, fit_decay
-from jaxbptt._flax import from_linen, from_nnx
-from jaxbptt._lags import ByLag, gradient_by_lag
-from jaxbptt._learner import Learner, learner
-from jaxbptt._learner_state import LearnerState, Metrics
-from jaxbptt._plot import plot_by_lag
-from jaxbptt._random_window import RandomWindow, random_window
-from jaxbptt._record import Recorder, record
-from jaxbptt._resets import with_resets
-from jaxbptt._scan import scan
-from jaxbptt._tabulate import Table, tabulate
-from jaxbptt._tape import Tape
+from jaxbptt._checkpoints.checkpoints import Checkpoints, checkpoints
+from jaxbptt._inspection.by_lag import ByLag, gradient_by_lag
+from jaxbptt._inspection.check import check_step
+from jaxbptt._inspection.check_report import Finding, Report
+from jaxbptt._inspection.decay import Decay, fit_decay
+from jaxbptt._inspection.plot import plot_by_lag
+from jaxbptt._inspection.tabulate import Table, tabulate
+from jaxbptt._training.flax import from_linen, from_nnx
+from jaxbptt._training.learner import Learner, learner
+from jaxbptt._training.state import LearnerState, Metrics
+from jaxbptt._transforms.cotangents import Cotangents
+from jaxbptt._transforms.record import Recorder, record
+from jaxbptt._transforms.resets import with_resets
+from jaxbptt._transforms.scan import scan
+from jaxbptt._transforms.tape import Tape
+from jaxbptt._version import __version__
+from jaxbptt._windows import RandomWindow, random_window
 
 __all__ = [
     "ByLag",
@@ -45,6 +46,7 @@ __all__ = [
     "Report",
     "Table",
     "Tape",
+    "__version__",
     "check_step",
     "checkpoints",
     "fit_decay",
@@ -59,4 +61,3 @@ __all__ = [
     "tabulate",
     "with_resets",
 ]
-__version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""One process of several that train together; `tests/test_devices.py` starts it.
+"""One process of several that train together; `tests/transforms/test_devices.py` starts it.
 
     python tests/one_process.py PORT COUNT INDEX OUT
 

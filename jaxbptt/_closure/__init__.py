@@ -1,0 +1,1 @@
+"""One step and its pullback, as flat programs."""

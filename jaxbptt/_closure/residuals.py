@@ -1,0 +1,142 @@
+"""Which residuals of a step are recorded, which are known without it, and which are made again.
+
+`jax.vjp` keeps derivatives beside the values that they come from: for s = logistic(a) both
+s and s (1 - s). Writing such a pair and reading it back costs more than the multiplication,
+so what a few cheap elementwise operations make of other recorded values is left out, and
+the pullback makes it again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxbptt._arrays import like, size_in_bytes
+from jaxbptt._jaxprs.evaluate import UNKNOWN, bind, drop, interpret, known_rule, prune, variables
+
+# Elementwise, of a handful of instructions, or moving no data at all.
+_CHEAP = frozenset(
+    "abs add add_any and broadcast_in_dim convert_element_type copy eq expand_dims ge gt "
+    "integer_pow le lt max min mul name ne neg not one_minus_square or pvary reduce_precision "
+    "reshape select_n sign square squeeze sub transpose xor".split()
+)
+_MOST = 6  # of them at most for one residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """The residuals of a step, sorted.
+
+    Attributes:
+        count: how many there are in all.
+        recorded: outputs of the step's program that go on record.
+        fixed: outputs that depend on the parameters alone.
+        derive: the program from the parameters to the fixed ones.
+        avals: of the recorded and the fixed ones, something of their types.
+        every: from the values of the recorded and the fixed ones to those of all residuals.
+        spared: bytes of those that are made again.
+    """
+
+    count: int
+    recorded: tuple[int, ...]
+    fixed: tuple[int, ...]
+    derive: core.ClosedJaxpr
+    avals: list
+    every: Callable[[Sequence], list]
+    spared: int
+
+    @classmethod
+    def of(
+        cls, forward: core.ClosedJaxpr, n_outs: int, n_weights: int, stored: bool
+    ) -> "Residuals":
+        """Sorts the outputs of a program from `n_outs` on.
+
+        Args:
+            forward: the step with its residuals, without calls.
+            n_outs: how many of its outputs are the step's own.
+            n_weights: how many of its inputs are parameters; they come first.
+            stored: whether what depends on parameters alone is recorded too.
+        """
+        outs, residuals = forward.jaxpr.outvars, forward.jaxpr.outvars[n_outs:]
+        place: dict[int, int] = {}  # the same value may be a residual more than once
+        for i, v in enumerate(residuals, n_outs):
+            place.setdefault(id(v), i)
+        derive, known = _trace_derive(forward, n_weights, list(place.values()), stored)
+        fixed = tuple(i for i, k in zip(place.values(), known, strict=True) if k)
+        others = [outs[i] for i, k in zip(place.values(), known, strict=True) if not k]
+        kept, eqns = _without_cheap(forward.jaxpr, others)
+        recorded = tuple(place[id(v)] for v in kept)
+        given = [outs[i] for i in (*recorded, *fixed)]
+
+        def every(values: Sequence) -> list:
+            env = {id(v): value for v, value in zip(given, values, strict=True)}
+            for eqn in eqns:
+                args = [v.val if isinstance(v, core.Literal) else env[id(v)] for v in eqn.invars]
+                env[id(eqn.outvars[0])] = bind(eqn, args)[0]
+            return [env[id(v)] for v in residuals]
+
+        avals = [like(v.aval) for v in given]
+        spared = size_in_bytes(v.aval for v in others) - size_in_bytes(v.aval for v in kept)
+        return cls(len(residuals), recorded, fixed, derive, avals, every, spared)
+
+
+def _trace_derive(
+    forward: core.ClosedJaxpr, n_weights: int, positions: list[int], stored: bool
+) -> tuple[core.ClosedJaxpr, list[bool]]:
+    """The program for the outputs at `positions` that are known without carry and x."""
+    inputs = forward.jaxpr.invars
+    known: list[bool] = []
+
+    def derive(*weights: Any) -> list:
+        args = [UNKNOWN if stored else v for v in weights]
+        args += [UNKNOWN] * (len(inputs) - n_weights)
+        outs = interpret(forward.jaxpr, forward.consts, args, known_rule)
+        values = [outs[i] for i in positions]
+        known[:] = [v is not UNKNOWN for v in values]
+        return drop(values, values)
+
+    closed = jax.make_jaxpr(derive)(*(like(v.aval) for v in inputs[:n_weights]))
+    return prune(closed), known
+
+
+def _without_cheap(jaxpr: core.Jaxpr, residuals: list) -> tuple[list, list[core.JaxprEqn]]:
+    """The residuals that are not cheaply made of others, and the equations for those that are.
+
+    Of others that are recorded, that is: under "current" a value made of recorded activations
+    and of parameters stays as it was recorded.
+    """
+    order = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
+    maker = {e.outvars[0]: e for e in jaxpr.eqns if _is_cheap(e) and not e.effects}
+    kept = dict.fromkeys(residuals)
+    eqns: dict[int, core.JaxprEqn] = {}
+    # The last first: nothing left out is ever needed by what is looked at after it.
+    for v in sorted((v for v in residuals if v in maker), key=lambda v: -order[v]):
+        found = _from_others(v, kept, maker)
+        if found is not None:
+            del kept[v]
+            eqns.update({order[e.outvars[0]]: e for e in found})
+    return list(kept), [eqns[i] for i in sorted(eqns)]
+
+
+def _is_cheap(eqn: core.JaxprEqn) -> bool:
+    # On a mesh JAX reshards the constant of a derivative, so that slots would differ there.
+    out: Any = eqn.outvars[0] if eqn.outvars else None
+    scalar = eqn.primitive.name == "reshard" and out.aval.size == 1
+    return scalar or eqn.primitive.name in _CHEAP
+
+
+def _from_others(v: Any, kept: dict, maker: dict) -> list[core.JaxprEqn] | None:
+    """The few cheap equations that lead to a variable from others that are kept, if there are."""
+    found: dict[Any, core.JaxprEqn] = {}
+    open_ends = [v]
+    while open_ends:
+        at = open_ends.pop()
+        if at in found or (at in kept and at is not v):
+            continue
+        if at not in maker or len(found) == _MOST:
+            return None
+        found[at] = maker[at]
+        open_ends += variables(maker[at].invars)
+    return list(found.values())

@@ -1,0 +1,129 @@
+"""`gradient_by_lag`: what each step of a window adds to a gradient, and the λ it hands on."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt import _errors
+from jaxbptt._arrays import canonical
+from jaxbptt._closure.closure import Mask, fill
+from jaxbptt._transforms import tape as _tape
+from jaxbptt._transforms.call import given_window
+from jaxbptt._transforms.cotangents import with_float0
+from jaxbptt._transforms.record import Recorder
+from jaxbptt._transforms.tape import Tape
+from jaxbptt._transforms.window_vjp import by_lag, padded
+from jaxbptt._types import PyTree
+
+
+class ByLag(NamedTuple):
+    """What `gradient_by_lag` returns: leaves with an axis over the lags in front, lag 0 first.
+
+    Norms: float arrays (window,), one for each leaf. In full: arrays (window, *leaf.shape).
+    Zero at lags that nothing is recorded for, or that a part's own window does not reach.
+
+    Attributes:
+        params: of the contribution to each parameter's gradient; summed over the lags it is
+            the gradient.
+        carry: of λ as it leaves the step at this lag, the cotangent of the carry that entered
+            it (dhnext in a hand-written backward pass). At the last lag that is reached it
+            is `pullback`'s.
+        partial: norms, in full too: of the sum of the contributions of lags 0 … k. That is
+            the gradient of each parameter that a window of k+1 would have given (of no more
+            than k+1 for any part). Stays where it is at lags that nothing is recorded for.
+    """
+
+    params: PyTree
+    carry: PyTree
+    partial: PyTree
+
+
+def gradient_by_lag(
+    recorder: Recorder,
+    params: PyTree,
+    tape: Tape,
+    ct_ys: PyTree,
+    ct_carry: PyTree = None,
+    *,
+    full: bool = False,
+) -> ByLag:
+    """Lays a gradient open by lag: how far back credit really flows.
+
+    The terms of the sum that `Recorder.pullback` gives, for k = 0 … window-1:
+
+        θ̄_k = (∂c_{t-k}/∂θ)ᵀ λ_{t-k} + (∂y_{t-k}/∂θ)ᵀ ȳ_{t-k}     and     λ_{t-k-1}
+
+    or their Euclidean norms, for which no more than one lag's terms are held at a time, and
+    the norms of θ̄_0 + … + θ̄_k. `fit_decay` makes a rate and a window of them, `plot_by_lag`
+    a picture.
+
+    Args:
+        recorder: what `record` returned.
+        params: as for `pullback`.
+        tape: as for `pullback`.
+        ct_ys: as for `pullback`.
+        ct_carry: as for `pullback`.
+        full: whether to return the terms themselves: `window` copies of the parameters.
+
+    Returns:
+        `ByLag(params, carry, partial)`. For leaves that no gradient can flow through: norms
+        are zeros (window,) of float32, terms are float0 arrays (window, *leaf.shape).
+
+    Raises:
+        ValueError: as for `pullback`.
+
+    Cost:
+        `window` pullbacks of the step, and for each two arrays of each parameter's size: the
+        lag's own term, and the sum so far.
+
+    References:
+        Aicher, Foti & Fox, "Adaptively Truncating Backpropagation Through Time to Control
+        Gradient Bias", UAI 2019: the decay of ‖λ‖ with the lag bounds the bias.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbptt
+        >>> rec = jaxbptt.record(lambda w, c, x: (w * c + x, w * c + x), window=3)
+        >>> tape = rec.init(0.5, 0.0, 0.0)
+        >>> for x in (1.0, 0.0, 0.0, 0.0):
+        ...     tape, y = rec(0.5, tape, x)
+        >>> jaxbptt.gradient_by_lag(rec, 0.5, tape, jnp.ones(1)).carry.tolist()
+        [0.5, 0.25, 0.125]
+    """
+    if not isinstance(recorder, Recorder):
+        raise _errors.not_a_recorder(recorder)
+    _errors.is_tape(tape, Tape)
+    params, x = canonical(params, "params"), _tape.some_x(tape)
+    closure, tape = recorder._resume(params, tape, x)
+    window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
+    found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)
+    unreached = closure.window - window.steps
+    terms, lams = ([padded(v, unreached) for v in vs] for vs in found[:2])
+    sums = [jnp.pad(v, (0, unreached), mode="edge") for v in found[2]]
+    of_params, of_carry = closure.masks["params"], closure.masks["carry"]
+    partial = _norms(of_params, sums, params, closure.window)
+    if not full:
+        return ByLag(
+            _norms(of_params, terms, params, closure.window),
+            _norms(of_carry, lams, tape.carry, closure.window),
+            partial,
+        )
+    rows_of_all = (closure.window,)
+    return ByLag(
+        with_float0(of_params, terms, params, rows_of_all),
+        with_float0(of_carry, lams, tape.carry, rows_of_all),
+        partial,
+    )
+
+
+def _norms(mask: Mask, norms: list, primal: PyTree, window: int) -> PyTree:
+    """Norms in the structure of `primal`, zero where nothing can flow, so that all can be added."""
+    nothing = [jnp.zeros(window, jnp.float32)] * (len(mask) - len(norms))
+    return jax.tree.unflatten(jax.tree.structure(primal), fill(mask, norms, nothing))
+
+
+def _norm(value: jax.Array) -> jax.Array:
+    value = jnp.abs(value)
+    if jnp.finfo(value.dtype).bits < 32:  # squares would overflow, and their sum lose digits
+        value = value.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(value * value))

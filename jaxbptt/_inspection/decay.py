@@ -1,0 +1,250 @@
+"""`fit_decay`: how fast a gradient decays with the lag, and the window that this asks for."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from jaxbptt import _errors
+from jaxbptt._arrays import canonical
+from jaxbptt._inspection.by_lag import ByLag
+from jaxbptt._types import PyTree, leaf_type
+
+_NONE = 2**31 - 1  # the answer where no window is long enough
+
+
+class Decay(NamedTuple):
+    """What `fit_decay` returns; leaves of more axes, from `vmap`, work as well.
+
+    Attributes:
+        rate: β, a float scalar: the factor from one lag's norm to the next.
+        carry: β of each leaf of λ, float scalars in the structure of the carry.
+        share: float (window,): of the norms of all lags' contributions, those past the tape
+            included, the part that a window of k+1 has; 0 where β ≥ 1.
+        bias: float (window,): how far at most, by estimate, the gradient of a window of k+1 is
+            from that of full BPTT, relative to the latter; inf where β ≥ 1, and where no
+            window on the tape shows that the full gradient isn't zero.
+    """
+
+    rate: jax.Array
+    carry: PyTree
+    share: jax.Array
+    bias: jax.Array
+
+    def window_for(self, share: Any) -> jax.Array:
+        """The smallest window that has at least this share of the contributions.
+
+        Args:
+            share: above 0, at most 1.
+
+        Returns:
+            int32 scalar. Above the tape's window: how far the fitted decay has to go on, what
+            to record and not what was seen. 2³¹-1: no window is long enough, or NaN.
+
+        Raises:
+            ValueError: `share` is not above 0 and at most 1.
+        """
+        share = _bound("share", share, 1.0, self.share)
+        return _smallest(self.share >= share, (1 - share) / (1 - self.share[..., -1]), self.rate)
+
+    def window_within(self, delta: Any) -> jax.Array:
+        """The smallest window whose relative bias is at most `delta`, by estimate.
+
+        Args:
+            delta: above 0; Aicher, Foti & Fox take 0.9, 0.5 and 0.1.
+
+        Returns:
+            int32 scalar, as for `window_for`.
+
+        Raises:
+            ValueError: `delta` is not above 0.
+        """
+        delta = _bound("delta", delta, math.inf, self.bias)
+        return _smallest(self.bias <= delta, delta / self.bias[..., -1], self.rate)
+
+
+def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") -> Decay:
+    """Fits a geometric decay to a gradient by lag, and tells what each window misses.
+
+    With e_k the norm of what lag k adds to the gradient, a line of slope log β fitted to
+    log e_k by least squares from lag `burn_in` on, and e_k on that line past the tape:
+
+        T(K) = e_K + e_{K+1} + …
+        share(K) = 1 - T(K) / T(0)
+        bias(K) = T(K) / max_j (‖ĝ_j‖ - T(j)),    j = 1 … window
+
+    By the triangle inequality the gradient ĝ_K of a window of K is no further than T(K) from
+    that of full BPTT, whose norm is no less than any ‖ĝ_j‖ - T(j).
+
+    It is assumed that norms decay geometrically *in expectation* from `burn_in` on, past the
+    tape as on it. Those of one step scatter, so take the mean over many:
+    `jax.tree.map(lambda v: v.mean(0), stacked)`. The bias is then E‖ĝ_K - ĝ‖ / E‖ĝ‖, means
+    leaf by leaf, that of a gradient as it is used; for that of the expected gradient, put the
+    norms of E[ĝ_K] in as `partial`. A cause further back than the tape leaves no trace on it.
+
+    Last lags that are zero in params and carry: nothing is recorded there, and the line goes
+    on. Zero in one of them alone: from further back nothing reaches the parameters. Under a
+    window for each part that is what these let through; to choose them, look with one for all.
+
+    Args:
+        lags: norms, from `gradient_by_lag`, or the mean of many; leaves (window,).
+        burn_in: τ, the first lag that is fitted; None for the middle of those above zero.
+        by: "params" measures e_k on the tape. "carry" bounds it as Aicher, Foti & Fox do, by
+            M ‖λ_{t-k}‖ with β that of ‖λ‖, which is measured up to τ and geometric from there;
+            M is the largest ratio of the two on the tape.
+
+    Returns:
+        `Decay(rate, carry, share, bias)`: also `window_for(share)` and `window_within(delta)`.
+        NaN where less than two norms above zero are left to fit.
+
+    Raises:
+        ValueError: `lags` are no norms of two lags at least, or `burn_in` leaves less than two.
+
+    Cost:
+        A few operations on arrays (window,).
+
+    References:
+        Aicher, Foti & Fox, "Adaptively Truncating Backpropagation Through Time to Control
+        Gradient Bias", UAI 2019. Their K is a window of K+1 here.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxbptt
+        >>> norms = 0.5 ** jnp.arange(8.0)
+        >>> lags = jaxbptt.ByLag(params=norms, carry=norms / 2, partial=jnp.cumsum(norms))
+        >>> decay = jaxbptt.fit_decay(lags)
+        >>> print(f"{decay.rate:.2f}", decay.share[:3], decay.window_for(0.99))
+        0.50 [0.5   0.75  0.875] 7
+    """
+    _errors.one_of("by", by, ("params", "carry"))
+    lags = _checked(lags)
+    last = len(jax.tree.leaves(lags.params)[0]) - 2
+    if burn_in is not None and (type(burn_in) is not int or not 0 <= burn_in <= last):
+        raise ValueError(
+            f"burn_in must be an int from 0 to {last}, to leave two of the {last + 2} lags, but "
+            f"got {burn_in!r}. None takes the middle."
+        )
+    return _fit(lags, burn_in, by)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _fit(lags: ByLag, burn_in: int | None, by: str) -> Decay:
+    nothing = jnp.zeros_like(jax.tree.leaves(lags)[0])
+    params, lams, partial = (functools.reduce(jnp.hypot, jax.tree.leaves(v), nothing) for v in lags)
+    at = jnp.arange(len(params), dtype=jnp.int32)
+    there = jnp.maximum(_extent(params), _extent(lams))
+    # Zero where the other is not: nothing is handed on, or it doesn't get to the parameters.
+    ended = jnp.minimum(_extent(params), _extent(lams)) < there
+    line = fit_line(params if by == "params" else lams, burn_in)
+    if by == "params":
+        terms, beyond = jnp.where(at < there, params, line.at(at)), line.sum_from(len(params))
+    else:
+        terms, beyond = _bounded(params, lams, line)
+    terms, beyond = jnp.where(ended & (at >= there), 0, terms), jnp.where(ended, 0, beyond)
+    tails = jnp.cumsum(jnp.concatenate([beyond[None], terms[::-1]]))[::-1]  # T(0) … T(window)
+    missed, endless = tails[1:], jnp.isinf(beyond)
+    least = jnp.where(at < there, partial - missed, -jnp.inf).max()
+    share = jnp.where(endless, 0, 1 - missed / tails[0])
+    bias = jnp.where(endless | (least <= 0), jnp.inf, missed / least)
+    of_carry = jax.tree.map(lambda v: fit_line(v, burn_in).rate, lags.carry)
+    return Decay(line.rate, of_carry, share, bias)
+
+
+class Line(NamedTuple):
+    """A straight line through the logarithms of norms by lag."""
+
+    slope: jax.Array
+    lag: jax.Array  # the mean of the lags fitted, and ...
+    log: jax.Array  # ... of the logarithms there
+    first: jax.Array  # τ
+
+    @property
+    def rate(self) -> jax.Array:
+        """β, the factor from one lag to the next."""
+        return jnp.exp(self.slope)
+
+    def at(self, lag: Any) -> jax.Array:
+        """The fitted norm at a lag."""
+        return jnp.exp(self.log + self.slope * (jnp.asarray(lag, self.lag.dtype) - self.lag))
+
+    def sum_from(self, lag: int) -> jax.Array:
+        """The fitted norms of this lag and of all behind it."""
+        return jnp.where(self.slope >= 0, jnp.inf, self.at(lag) / -jnp.expm1(self.slope))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def fit_line(norms: jax.Array, burn_in: int | None) -> Line:
+    """Least squares through the norms above zero from lag `burn_in` on; NaN through less than two.
+
+    Without `burn_in` from the middle of the lags up to the last that isn't zero.
+    """
+    there = _extent(norms)
+    first = jnp.maximum(jnp.minimum(there // 2, there - 2), 0) if burn_in is None else burn_in
+    at = jnp.arange(len(norms), dtype=jnp.int32)
+    used = (norms > 0) & jnp.isfinite(norms) & (at >= first)
+    at = at.astype(norms.dtype)
+    logs, n = jnp.log(jnp.where(used, norms, 1)), jnp.sum(used, dtype=norms.dtype)
+    lag, log = (jnp.sum(jnp.where(used, v, 0)) / n for v in (at, logs))
+    apart = jnp.where(used, at - lag, 0)
+    slope = jnp.sum(apart * (logs - log)) / jnp.sum(apart * apart)
+    return Line(slope, lag, log, jnp.asarray(first, jnp.int32))
+
+
+def _bounded(params: jax.Array, lams: jax.Array, line: Line) -> tuple[jax.Array, jax.Array]:
+    """What each lag adds at most, going by the λ that enters it, and all past the tape."""
+    at, before = jnp.arange(len(lams), dtype=jnp.int32), lams[:-1]
+    most = jnp.where(before > 0, params[1:] / jnp.where(before > 0, before, 1), 0).max()
+    line = line._replace(lag=line.first.astype(lams.dtype), log=jnp.log(lams[line.first]))
+    bounds = most * jnp.where(at <= line.first, lams, line.at(at))
+    return jnp.concatenate([params[:1], bounds[:-1]]), most * line.sum_from(len(lams) - 1)
+
+
+def _extent(norms: jax.Array) -> jax.Array:
+    """One more than the last lag whose norm isn't zero."""
+    return jnp.where(norms != 0, jnp.arange(1, len(norms) + 1, dtype=jnp.int32), 0).max()
+
+
+def _smallest(enough: jax.Array, ratio: jax.Array, rate: jax.Array) -> jax.Array:
+    """The first window that is enough, or one so long that what it misses falls to `ratio`."""
+    window = enough.shape[-1]
+    longer = window + jnp.ceil(jnp.log(ratio) / jnp.log(rate))
+    known = (rate < 1) & (longer < _NONE / 2)  # neither holds for NaN
+    longer = jnp.where(known, jnp.maximum(longer, window + 1), 0).astype(jnp.int32)
+    first = jnp.argmax(enough, axis=-1).astype(jnp.int32) + 1
+    return jnp.where(enough.any(axis=-1), first, jnp.where(known, longer, _NONE))
+
+
+def _bound(name: str, value: Any, most: float, like: jax.Array) -> jax.Array:
+    if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= most:
+        wanted = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
+        raise ValueError(f"{name} must be {wanted}, but got {value!r}.")
+    return jnp.asarray(value, like.dtype)
+
+
+def _checked(lags: Any) -> ByLag:
+    """The norms, all in the widest of their types."""
+    if not isinstance(lags, ByLag):
+        raise ValueError(
+            f"lags must be what gradient_by_lag returned, but got a {type(lags).__name__}. "
+            "Call jaxbptt.gradient_by_lag(rec, params, tape, ct_ys)."
+        )
+    lags = canonical(lags, "lags")
+    kinds = {f"lags{keystr(p)}": leaf_type(v) for p, v in tree_flatten_with_path(lags)[0]}
+    for path, kind in kinds.items():
+        first = next(iter(kinds.values())).shape[:1]
+        floating = jnp.issubdtype(kind.dtype, jnp.floating)
+        if kind.shape != first or first < (2,) or not floating:
+            raise ValueError(
+                "lags must hold norms, a float array (window,) of two lags or more for each "
+                f"leaf, but {path} is {kind}. Leave out full=True; of several time steps take "
+                "the mean, jax.tree.map(lambda v: v.mean(0), stacked)."
+            )
+    if not jax.tree.leaves(lags.params):
+        raise ValueError(
+            "lags.params must have a leaf, for what a window cuts short is the gradient of the "
+            f"parameters, but got {lags.params!r}. Pass what the step learns as params."
+        )
+    dtype = max((kind.dtype for kind in kinds.values()), key=lambda d: jnp.finfo(d).bits)
+    return jax.tree.map(lambda v: v.astype(dtype), lags)

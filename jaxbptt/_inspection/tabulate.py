@@ -1,0 +1,249 @@
+"""`tabulate`: what the tape holds of a step, and what `jax.checkpoint` around it would leave."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxbptt._arrays import canonical, size_in_bytes
+from jaxbptt._closure import step as _step
+from jaxbptt._closure.closure import Closure
+from jaxbptt._transforms.record import Recorder, record
+from jaxbptt._types import LeafType, PyTree, StepFn, leaf_type
+
+_PLACES = ("ring", "parameters", "made again")
+_POLICIES = "everything_saveable dots_saveable dots_with_no_batch_dims_saveable nothing_saveable"
+_SKIPPED = tuple(os.path.join(os.path.dirname(file), "") for file in (jax.__file__, __file__))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One residual of a step.
+
+    Attributes:
+        name: from `checkpoint_name`, else an input's key path, file and line, or the primitive.
+        primitive: what made it, "" for an input.
+        source: path and line of the user's code that made it, "" where unknown. For a function
+            of JAX that was traced before, its first caller's on some versions.
+        shape, dtype, nbytes: at one step.
+        place: "ring": recorded at every step; "parameters": derived from them (or constants)
+            alone; "made again": a few cheap elementwise operations make it of others.
+    """
+
+    name: str
+    primitive: str
+    source: str
+    shape: tuple[int, ...]
+    dtype: Any
+    nbytes: int
+    place: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The step under `jax.checkpoint` with a policy, by its name in `jax.checkpoint_policies`.
+
+    Its bytes on the ring per step, and how many matrix products and convolutions a pullback
+    of the step does again.
+    """
+
+    name: str
+    nbytes: int
+    products: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a tape holds; made by `tabulate`, printed as aligned text.
+
+    Attributes:
+        rows: the residuals of a step, the largest first.
+        nbytes: bytes of the ring, window times the bytes per step.
+        policies: the same step under `jax.checkpoint`.
+        suggestion: a policy that saves at least a fifth of the ring, in a sentence, or None.
+    """
+
+    rows: list[Row]
+    nbytes: int
+    policies: list[Policy]
+    suggestion: str | None
+
+    def __str__(self) -> str:
+        rows = [("bytes", "type", "where", "value")]
+        for r in self.rows:
+            value = dict.fromkeys([r.name, r.primitive, os.path.basename(r.source)])
+            kind = str(LeafType(r.shape, r.dtype))
+            rows.append((f"{r.nbytes:,}", kind, r.place, " ".join(filter(None, value))))
+        rest = [("bytes", "under jax.checkpoint, policy", "products again")]
+        rest += [(f"{p.nbytes:,}", p.name, str(p.products)) for p in self.policies]
+        sums = [sum(r.nbytes for r in self.rows if r.place == place) for place in _PLACES]
+        each = ", ".join(f"{place} {n:,}" for place, n in zip(_PLACES, sums, strict=True))
+        total = f"Bytes per step: {each}. On the tape: {self.nbytes:,}."
+        return "\n".join([*_aligned(rows), total, "", *_aligned(rest), self.suggestion or ""])
+
+
+def tabulate(
+    step: StepFn,
+    params: PyTree,
+    carry: PyTree,
+    x: PyTree,
+    *,
+    window: PyTree = 1,
+    weights: str = "stored",
+    has_aux: bool = False,
+) -> Table:
+    """Lists what `record` would keep of a step: each value, its origin, bytes and place.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, one time step.
+        params: parameters: arrays or `jax.ShapeDtypeStruct`s of any structure, shapes and dtypes.
+        carry: the same for the carry, of the type that the step returns.
+        x: the same for one input.
+        window: how many steps the tape holds, as for `record`.
+        weights: "stored" or "current".
+        has_aux: whether y is a pair `(y, aux)`.
+
+    Returns:
+        A `Table`.
+
+    Raises:
+        TypeError: the step doesn't return `(carry, y)` with the carry's type.
+        ValueError: an argument is one that `record` or `Recorder.init` refuses.
+
+    Cost:
+        Seven traces of the step. Nothing runs and nothing is allocated.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbptt
+        >>> def step(params, carry, x):
+        ...     h = jnp.tanh(params["w"] @ carry["h"] + x)
+        ...     return {"h": h}, h.sum()
+        >>> w, h = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 8), (8,)))
+        >>> table = jaxbptt.tabulate(step, {"w": w}, {"h": h}, h, window=10, weights="current")
+        >>> [(row.name, row.place) for row in table.rows if not row.primitive]
+        [("params['w']", 'parameters'), ("carry['h']", 'ring')]
+        >>> table.nbytes  # at each of 10 steps carry['h'] and a value of tanh's, 32 bytes each
+        640
+    """
+    recorder = record(step, window=window, weights=weights, has_aux=has_aux)
+    trees = {"params": params, "carry": carry, "x": x}
+    given = {name: canonical(tree, name, structs=True) for name, tree in trees.items()}
+    nbytes = jax.eval_shape(recorder.init, *given.values()).nbytes
+    closure = recorder._trace(*given.values())
+    rows = _rows(closure, _with_lines(closure, recorder, given), given)
+    policies = [p for name in _POLICIES.split() for p in _measured(recorder, name, closure, given)]
+    return Table(rows, nbytes, policies, _suggestion(_ring_bytes(closure), policies))
+
+
+def _rows(closure: Closure, jaxpr: core.Jaxpr, given: dict[str, PyTree]) -> list[Row]:
+    paths = [f"closed over [{i}]" for i in range(len(closure.consts["hoisted"]))]
+    for group, tree in given.items():
+        paths += [group + jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(tree)]
+    path = {id(v): name for v, name in zip(jaxpr.invars, paths, strict=True)}
+    origins = [_origin(jaxpr, v) for v in jaxpr.outvars]
+    tags = {id(at): tag for at, _, _, tag in origins if tag}
+    place = dict.fromkeys(closure.recorded, "ring") | dict.fromkeys(closure.fixed, "parameters")
+    outs, n, rows = closure.programs["forward"].outvars, len(closure.outputs.leaves), []
+    # The same value may be a residual more than once.
+    first = {id(v): i for i, v in reversed([*enumerate(outs)]) if i >= n}
+    for i in sorted(first.values()):
+        (at, primitive, source, _), kind = origins[i], leaf_type(outs[i].aval)
+        line, nbytes = os.path.basename(source), size_in_bytes([outs[i].aval])
+        name = tags.get(id(at)) or path.get(id(at)) or line or primitive or "constant"
+        where = place.get(i, "made again")
+        rows.append(Row(name, primitive, source, kind.shape, kind.dtype, nbytes, where))
+    return sorted(rows, key=lambda row: (-row.nbytes, _PLACES.index(row.place)))
+
+
+def _origin(jaxpr: core.Jaxpr, v: Any) -> tuple[Any, str, str, str]:
+    """The variable that a value comes from, the primitive and line that made it, its name."""
+    maker, tag = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}, ""
+    while isinstance(v, core.Var) and v in maker:
+        eqn = maker[v]
+        name, inner = eqn.primitive.name, eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        inner = getattr(inner, "jaxpr", inner)
+        if name in ("name", "reduce_precision"):  # which pass it on
+            tag, v = tag or eqn.params.get("name", ""), eqn.invars[0]
+        elif name != "scan" and inner and len(inner.outvars) == len(eqn.outvars):
+            at, made, line, given = _origin(inner, inner.outvars[eqn.outvars.index(v)])
+            tag = tag or given
+            if at not in inner.invars:
+                return at, made, line or _line(eqn), tag
+            v = eqn.invars[inner.invars.index(at)]
+        else:
+            return v, name, _line(eqn), tag
+    return v, "", "", tag
+
+
+def _with_lines(closure: Closure, recorder: Recorder, given: dict[str, PyTree]) -> core.Jaxpr:
+    """The closure's forward program with its calls, which still knows the user's lines."""
+    flow, outputs = _step.trace_step(recorder.step, **given, has_aux=recorder.has_aux)
+    n, n_outs = len(flow.consts), len(jax.tree.leaves(outputs.tree()[:2]))
+
+    def primal(*leaves: Any) -> tuple[list, list]:
+        outs = core.jaxpr_as_fun(core.ClosedJaxpr(flow.jaxpr, leaves[:n]))(*leaves[n:])
+        return outs[:n_outs], outs
+
+    leaves, flat = jax.tree.leaves([*given.values()]), closure.programs["forward"]
+    closed = jax.make_jaxpr(lambda *v: jax.vjp(primal, *v, has_aux=True)[1:])(*flow.consts, *leaves)
+    outs, k = closed.jaxpr.outvars, len(outputs.leaves)
+    jaxpr = closed.jaxpr.replace(outvars=[*outs[-k:], *outs[:-k]])
+    same = [[leaf_type(v.aval) for v in j.outvars] for j in (jaxpr, flat)]
+    return jaxpr if same[0] == same[1] else flat
+
+
+def _line(eqn: core.JaxprEqn) -> str:
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    # What is below is whoever called tabulate.
+    inner = itertools.takewhile(lambda f: f.file_name not in (_step.__file__, __file__), frames)
+    users = (f for f in inner if not f.file_name.startswith(_SKIPPED))
+    return next((f"{f.file_name}:{f.line_num}" for f in users), "")
+
+
+def _measured(
+    recorder: Recorder, name: str, plain: Closure, given: dict[str, PyTree]
+) -> list[Policy]:
+    policy = getattr(jax.checkpoint_policies, name)
+    step = jax.checkpoint(lambda *args: recorder.step(*args), policy=policy)
+    try:
+        closure = dataclasses.replace(recorder, step=step)._trace(*given.values())
+    except (NotImplementedError, TypeError):  # JAX can't: ordered effects, complex values
+        return []
+    again = _products(closure.programs["pull"]) - _products(plain.programs["pull"])
+    return [Policy(name, _ring_bytes(closure), max(again, 0))]
+
+
+def _ring_bytes(closure: Closure) -> int:
+    return size_in_bytes(closure.programs["forward"].outvars[i].aval for i in closure.recorded)
+
+
+def _products(jaxpr: core.Jaxpr) -> int:
+    """How many matrix products and convolutions a jaxpr does, those of a scan at every trip."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        nested = [getattr(p, "jaxpr", p) for p in jax.tree.leaves([*eqn.params.values()])]
+        inner = sum(_products(p) for p in nested if isinstance(p, core.Jaxpr))
+        count += inner * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        count += eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    return count
+
+
+def _suggestion(per_step: int, policies: list[Policy]) -> str | None:
+    small = [p for p in policies if 5 * p.nbytes <= 4 * per_step > 0]
+    if not small:
+        return None
+    best = min(small, key=lambda p: (p.products, p.nbytes))
+    return (
+        f"Try jax.checkpoint(step, policy=jax.checkpoint_policies.{best.name}): {best.nbytes:,} "
+        f"bytes per step (-{1 - best.nbytes / per_step:.0%}), {best.products} products again."
+    )
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]

@@ -1,0 +1,173 @@
+"""Whether a program is linear in some of its inputs, as a pullback should be in its cotangents.
+
+JAX's own pullbacks are. A `custom_vjp` rule of the user's need not be: one that clips its cotangent
+gives for a sum of two something else than the sum of what it gives for each. What is not
+known to be linear here counts as not linear, which costs time and no exactness.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxbptt._jaxprs.evaluate import CALLS, scan_counts
+
+# Primitives linear in their first operand alone ...
+LINEAR = frozenset(
+    "broadcast_in_dim conj convert_element_type copy copy_p cumsum div dynamic_slice expand_dims "
+    "fft gather imag name neg pvary real reduce_precision reduce_sum reduce_window_sum reshape rev "
+    "select_and_scatter_add sharding_constraint slice split squeeze transpose".split()
+)
+# ... in each of two, or in this many of their first operands together.
+BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
+JOINT: dict[str, int | None] = {"complex": 2, "dynamic_update_slice": 2, "pad": 2, "sub": 2}
+JOINT |= {"concatenate": None, "stack": None}
+
+# In all operands: each output in its own, or in their sum.
+_IN_ALL = frozenset(
+    "add add_any all_gather all_gather_invariant all_gather_reduced all_to_all "
+    "optimization_barrier pcast pbroadcast ppermute psum psum2 psum_invariant psum_scatter "
+    "reduce_scatter reduced_vary_cast reshard unreduced_psum unreduced_reduce_scatter "
+    "vary_unreduced_cast".split()
+)
+# Here a rule of the user's own loses nothing: what it computes is only looked at.
+_CALLS = CALLS | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+# What a value is: independent of the inputs in question, zero, or linear in them.
+FIXED, ZERO, MOVES = "fixed", "zero", "linear"
+_Kinds = list[str]
+
+
+class _NotLinearError(Exception):
+    pass
+
+
+def is_linear(closed: core.ClosedJaxpr, fixed: int) -> bool:
+    """Whether all outputs are linear in the inputs from `fixed` on, taken together."""
+    kinds = [FIXED] * fixed + [MOVES] * (len(closed.jaxpr.invars) - fixed)
+    try:
+        return FIXED not in _outputs(closed.jaxpr, kinds)
+    except _NotLinearError:
+        return False
+
+
+def _outputs(jaxpr: core.Jaxpr, kinds: Sequence[str]) -> _Kinds:
+    """What the outputs are, if the inputs are of these kinds.
+
+    Raises:
+        _NotLinearError: a value depends on what moves, and is not known to do so linearly.
+    """
+    env: dict[Any, str] = dict.fromkeys(jaxpr.constvars, FIXED)
+    env.update(zip(jaxpr.invars, kinds, strict=True))
+
+    def kind_of(atom: Any) -> str:
+        if isinstance(atom, core.Literal):
+            return FIXED if jnp.ndim(atom.val) or atom.val else ZERO
+        return env[atom]
+
+    for eqn in jaxpr.eqns:
+        env.update(zip(eqn.outvars, _rule(eqn, [kind_of(v) for v in eqn.invars]), strict=True))
+    return [kind_of(v) for v in jaxpr.outvars]
+
+
+def _rule(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
+    """The kinds of an equation's outputs."""
+    name, count = eqn.primitive.name, len(eqn.outvars)
+    if MOVES not in kinds:
+        return _still(eqn, kinds)
+    if name in _CALLS:
+        return _outputs(*_inner(eqn, kinds))
+    if name == "scan":
+        return _scan(eqn, kinds)
+    if name == "cond" and kinds[0] == FIXED:
+        branches = [_outputs(b.jaxpr, kinds[1:]) for b in eqn.params["branches"]]
+        return [_joined(list(each)) for each in zip(*branches, strict=True)]
+    if not _is_rounding(eqn) and not _fills(eqn) and _is_known(name, kinds, count):
+        return [MOVES] * count
+    raise _NotLinearError
+
+
+def _still(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
+    """The same where nothing moves: what is made of zeros alone, as sums begin, stays zero."""
+    name, count = eqn.primitive.name, len(eqn.outvars)
+    if ZERO not in kinds:
+        return [FIXED] * count
+    if name in _CALLS or name == "scan":
+        try:
+            return _scan(eqn, kinds) if name == "scan" else _outputs(*_inner(eqn, kinds))
+        except _NotLinearError:
+            return [FIXED] * count
+    as_moving = [MOVES if kind == ZERO else kind for kind in kinds]
+    is_zero = name in BILINEAR or (not _fills(eqn) and _is_known(name, as_moving, count))
+    return [ZERO if is_zero else FIXED] * count
+
+
+def _is_known(name: str, kinds: _Kinds, outs: int) -> bool:
+    """Whether a primitive is linear, without a constant beside, in what moves."""
+    moving = kinds.count(MOVES)
+    if name in BILINEAR:
+        return moving == 1
+    if name in ("ragged_dot", "ragged_dot_general"):
+        return moving == kinds[:2].count(MOVES) == 1
+    if name in _IN_ALL:
+        return FIXED not in kinds
+    if name in JOINT:
+        together = kinds[: JOINT[name]]
+        return FIXED not in together and moving == together.count(MOVES)
+    if name == "select_n":
+        return FIXED not in kinds[1:]  # what moves is inexact, and so never the choice itself
+    if name in ("scatter", "scatter-add"):
+        return FIXED not in (kinds[0], kinds[2])
+    if name == "custom_linear_solve":  # in its right-hand sides, which come last
+        return MOVES not in kinds[:-outs] and FIXED not in kinds[-outs:]
+    if name == "triangular_solve":
+        return kinds == [FIXED, MOVES]
+    first_alone = name in LINEAR or name in ("unstack", "scatter-mul")
+    return first_alone and kinds[0] == MOVES and moving == 1
+
+
+def _is_rounding(eqn: core.JaxprEqn) -> bool:
+    """Whether it rounds to so few digits that a sum of what was rounded is another number."""
+    if eqn.primitive.name == "reduce_precision":
+        return True
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    dtype: Any = eqn.outvars[0].aval.dtype  # type: ignore[attr-defined]
+    return not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16
+
+
+def _fills(eqn: core.JaxprEqn) -> bool:
+    """Whether a gather puts a number in the place of what is out of bounds: 0 and NaN add up."""
+    number = eqn.params.get("fill_value") if eqn.primitive.name == "gather" else None
+    return number is not None and bool(number == number) and bool(number != 0)
+
+
+def _joined(kinds: _Kinds) -> str:
+    """The kind of what is one or the other of several."""
+    if MOVES in kinds and FIXED in kinds:
+        raise _NotLinearError
+    return MOVES if MOVES in kinds else FIXED if FIXED in kinds else ZERO
+
+
+def _scan(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
+    """A loop: what the carry is when it enters is joined with what it is when it comes out."""
+    consts, carries = scan_counts(eqn)
+    carry, xs = kinds[consts : consts + carries], kinds[consts + carries :]
+    while True:
+        outs = _outputs(eqn.params["jaxpr"].jaxpr, [*kinds[:consts], *carry, *xs])
+        joined = [_joined([a, b]) for a, b in zip(carry, outs, strict=False)]
+        if joined == carry:
+            return [*carry, *outs[carries:]]
+        carry = joined
+
+
+def _inner(eqn: core.JaxprEqn, kinds: _Kinds) -> tuple[core.Jaxpr, _Kinds]:
+    """The jaxpr that a call runs, and the kinds of its inputs."""
+    inner: Any = next(
+        (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None
+    )
+    inner = getattr(inner, "jaxpr", inner)
+    if inner is None or len(inner.invars) != len(kinds):
+        raise _NotLinearError
+    return inner, kinds

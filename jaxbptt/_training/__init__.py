@@ -1,0 +1,1 @@
+"""Online training: `learner`, and flax modules as steps."""

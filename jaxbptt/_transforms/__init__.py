@@ -1,0 +1,1 @@
+"""The transformations: `record`, `scan` and `with_resets`."""

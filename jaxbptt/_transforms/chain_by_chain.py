@@ -1,0 +1,154 @@
+"""A run pulled back chain by chain: each group of outputs by itself, through its own window.
+
+The sweep over all chains at once pulls back the sum of their cotangents, λ and ȳ apart. That is
+right where the pullback is linear and does nothing else. A rule of the user's that is not linear
+(a cotangent clipped at each step) or that acts (a print) needs to see each chain as it is.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbptt._closure.closure import Closure
+from jaxbptt._closure.contract import where_or_zero
+from jaxbptt._compat import lax_scan
+from jaxbptt._jaxprs.blocks import rows
+from jaxbptt._transforms.groups import Groups
+from jaxbptt._transforms.window_vjp import Window, dense_weights, densify, window_sums, zero_sums
+from jaxbptt._types import leaf_type
+from jaxbptt._windows import within
+
+
+def is_needed(closure: Closure, groups: Groups) -> bool:
+    """Whether chains have to be pulled back by themselves."""
+    several = groups.chains > 1
+    # In a gap between the chains a pullback would act that nobody asked for.
+    return (several and not closure.linear) or (closure.acts and (several or groups.gaps))
+
+
+def pull_chains(
+    closure: Closure,
+    stacks: list,
+    fixed: list,
+    groups: Groups,
+    reverse: bool,
+    ct_carry: list,
+    ct_ys: list,
+) -> tuple[list, list, list]:
+    """Cotangents of the weights, the initial carry and xs of a run, the last group's chain first.
+
+    Args:
+        closure: the traced step, with the windows of `groups.parts` if there are any.
+        stacks: the recorded residuals, each (length, *residual.shape).
+        fixed: the residuals that are the same at all steps.
+        groups: which outputs reach which steps.
+        reverse: whether step 1 is the last row of the stacks.
+        ct_carry: cotangent of the final carry.
+        ct_ys: cotangents of ys, each (length, *y.shape).
+    """
+    length, every, kinds = groups.length, groups.every, closure.cotangents
+    run = _Run(closure, stacks, fixed, groups, reverse, ct_ys)
+    sums = run.zero_sums()
+    full, left_over = divmod(length, every)
+    if left_over:
+        sums = run.with_chain(sums, jnp.int32(length), left_over, ct_carry)
+
+    def one(sums: _Sums, group: Any) -> tuple[_Sums, None]:
+        end = (group + 1) * every
+        last = [where_or_zero(end == length, v) for v in ct_carry]
+        return run.with_chain(sums, end, every, last), None
+
+    sums, _ = lax_scan(one, sums, jnp.arange(full, dtype=jnp.int32), reverse=True)
+    begin = 0 if reverse else run.padding
+    xs = [lax.slice_in_dim(v, begin, begin + length) for v in sums.xs]
+    return (
+        dense_weights(closure, sums.weights),
+        [v.astype(kind.dtype) for v, kind in zip(sums.carry, kinds["carry"], strict=True)],
+        [v.astype(kind.dtype) for v, kind in zip(xs, kinds["x"], strict=True)],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A recorded run and what comes back into it; see `pull_chains`."""
+
+    closure: Closure
+    stacks: list
+    fixed: list
+    groups: Groups
+    reverse: bool
+    ct_ys: list
+
+    @property
+    def padding(self) -> int:
+        """How many rows x̄ has for steps before the first, which a window may cover."""
+        return min(self.groups.window, self.groups.length) - 1
+
+    @property
+    def weights(self) -> list:
+        """The types of the weights."""
+        return [*self.closure.cotangents["hoisted"], *self.closure.cotangents["params"]]
+
+    def zero_sums(self) -> "_Sums":
+        """What no chain sends back."""
+        kinds, rows = self.closure.cotangents, self.groups.length + self.padding
+        return _Sums(
+            zero_sums(self.weights),
+            zero_sums(kinds["carry"]),
+            zero_sums([leaf_type(kind).stacked(rows) for kind in kinds["x"]]),
+        )
+
+    def with_chain(self, sums: "_Sums", end: Any, outputs: int, ct_carry: list) -> "_Sums":
+        """The sums with what the group of so many outputs sends back that ends at step `end`."""
+        every, length = self.groups.every, self.groups.length
+        windows = self.groups.window, *self.groups.parts
+        steps, *parts = (min(within(w, outputs, every), length) for w in windows)
+        count = min(outputs, steps)
+        newest = length - end if self.reverse else end - 1  # its row
+
+        def read(lag: Any) -> list:
+            lag = jnp.minimum(lag, end - 1)  # the first step again, where there is none
+            return rows(self.stacks, newest + lag if self.reverse else newest - lag)
+
+        window = Window(read, self.fixed, steps, jnp.minimum(end, steps), tuple(parts))
+        ct_ys = [_rows_up_to(v, newest, count, self.reverse) for v in self.ct_ys]
+        ct = window_sums(self.closure, window, ct_carry, ct_ys, count, keep_xs=True)
+        # λ goes on into init where it was not cut before the first step.
+        of_leaves = self.groups.parts or (self.groups.window,) * len(ct.carry)
+        reached = [end <= within(w, outputs, every) for w in of_leaves]
+        into_init = [where_or_zero(r, lam) for r, lam in zip(reached, ct.carry, strict=True)]
+        start = newest if self.reverse else newest + 1 - steps + self.padding
+        xs = [v if self.reverse else jnp.flip(v, 0) for v in ct.xs]
+        return _Sums(
+            _added(sums.weights, densify(ct.weights, self.weights)),
+            _added(sums.carry, into_init),
+            [_added_at(total, start, v) for total, v in zip(sums.xs, xs, strict=True)],
+        )
+
+
+class _Sums(NamedTuple):
+    """What the chains so far have sent back, half precisions in float32."""
+
+    weights: list
+    carry: list
+    xs: list  # with rows of padding where the steps before the first would be
+
+
+def _rows_up_to(stack: jax.Array, newest: Any, count: int, reverse: bool) -> jax.Array:
+    """The rows of the `count` steps that end in the row `newest`, oldest first."""
+    start = newest if reverse else newest + 1 - count
+    found = lax.dynamic_slice_in_dim(stack, start, count)
+    return jnp.flip(found, 0) if reverse else found
+
+
+def _added(totals: list, values: list) -> list:
+    return [a + b.astype(a.dtype) for a, b in zip(totals, values, strict=True)]
+
+
+def _added_at(total: jax.Array, start: Any, values: jax.Array) -> jax.Array:
+    """The total with values added to its rows from `start` on."""
+    old = lax.dynamic_slice_in_dim(total, start, len(values))
+    return lax.dynamic_update_slice_in_dim(total, old + values.astype(total.dtype), start, 0)

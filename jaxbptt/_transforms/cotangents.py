@@ -1,0 +1,76 @@
+"""Cotangents at the border: checked when they come in, made whole when they go out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxbptt import _errors
+from jaxbptt._arrays import canonical, zeros
+from jaxbptt._closure.closure import Closure, Mask, fill, pick
+from jaxbptt._types import LeafType, PyTree, TreeType, type_of
+
+_FLOAT0 = jax.dtypes.float0
+
+
+class Cotangents(NamedTuple):
+    """What `Recorder.pullback` returns.
+
+    Leaves that no gradient can flow through (integers, booleans, keys) are arrays of
+    dtype float0, as `jax.vjp` gives them.
+
+    Attributes:
+        params: θ̄, of the structure and shapes of the parameters, summed over the window.
+        carry: λ of the carry that entered the oldest step reached; with a window for each
+            part, each leaf's λ where it was cut.
+        xs: x̄ of each step in the window, leaves (window, *x.shape), oldest first, zero
+            where nothing was recorded.
+    """
+
+    params: PyTree
+    carry: PyTree
+    xs: PyTree
+
+
+def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list]:
+    """How many steps `ct_ys` is for, and its differentiable leaves, each (rows, *y.shape)."""
+    ct_ys = canonical(ct_ys, "ct_ys")
+    rows = _errors.rows_of(type_of(ct_ys), window)
+    y = type_of(closure.outputs.tree()[1])
+    return rows, _checked(y, ct_ys, "ct_ys", "of y, with an axis over steps in front", (rows,))
+
+
+def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
+    """The differentiable leaves of `ct_carry`, which may be None for zero."""
+    if ct_carry is None:
+        return [zeros(kind) for kind in closure.cotangents["carry"]]
+    ct_carry = canonical(ct_carry, "ct_carry")
+    return _checked(type_of(carry), ct_carry, "ct_carry", "of the carry")
+
+
+def with_float0(mask: Mask, cts: list, primal: PyTree, rows: tuple[int, ...] = ()) -> PyTree:
+    """Cotangents in the structure of `primal`, float0 where nothing can flow."""
+    leaves, treedef = jax.tree.flatten(primal)
+    empty = [np.zeros((*rows, *leaf.shape), _FLOAT0) for leaf in pick(mask, leaves, False)]
+    return jax.tree.unflatten(treedef, fill(mask, cts, empty))
+
+
+def _checked(primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[int] = ()) -> list:
+    expected = tuple(
+        LeafType((*rows, *leaf.shape), leaf.dtype if leaf.differentiable else _FLOAT0)
+        for leaf in primal.leaves
+    )
+    remedy = f"Cast or reshape {name}."
+    if any(leaf.dtype == _FLOAT0 for leaf in expected):
+        remedy += " Integers take float0 cotangents: numpy.zeros(shape, jax.dtypes.float0)."
+    _errors.same_type(
+        f"{name} must have the structure, shapes and dtypes {of}",
+        name,
+        TreeType(primal.treedef, expected),
+        type_of(ct),
+        remedy,
+    )
+    return [
+        v for v, leaf in zip(jax.tree.leaves(ct), primal.leaves, strict=True) if leaf.differentiable
+    ]

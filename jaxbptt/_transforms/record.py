@@ -1,0 +1,259 @@
+"""`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt import _errors
+from jaxbptt._arrays import canonical
+from jaxbptt._closure.closure import Closure, trace
+from jaxbptt._closure.fingerprint import program_hash
+from jaxbptt._transforms import tape as _tape
+from jaxbptt._transforms.call import call, given_window
+from jaxbptt._transforms.cotangents import Cotangents, with_float0
+from jaxbptt._transforms.tape import Settings, Tape
+from jaxbptt._transforms.window_vjp import padded, pull_window
+from jaxbptt._types import LeafType, PyTree, StepFn, type_of
+from jaxbptt._windows import Windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """A step function that records; made by `record`.
+
+    Calling it runs one step. Reverse-mode differentiation of the call is the
+    window-composed VJP.
+    """
+
+    step: StepFn
+    windows: Windows
+    every: int
+    weights: str
+    has_aux: bool
+
+    @property
+    def window(self) -> PyTree:
+        """How many steps a cotangent reaches back, as it was given."""
+        return self.windows.tree()
+
+    def init(self, params: PyTree, carry: PyTree, x: PyTree) -> Tape:
+        """A tape with nothing recorded yet.
+
+        Args:
+            params: parameters of the step (their shapes and dtypes count).
+            carry: the carry to start from. It is copied, so that the tape can be donated.
+            x: one input, arrays or `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            A `Tape`. Under `jax.eval_shape` it allocates nothing and its `nbytes` tells the
+            size of the ring.
+
+        Raises:
+            TypeError: the step doesn't return `(carry, y)` with the carry's type.
+            ValueError: `carry` is a tape, or a leaf isn't an array.
+        """
+        for name, value in (("params", params), ("carry", carry), ("x", x)):
+            _errors.no_tape(name, value, Tape)
+        params, x = canonical(params, "params", structs=True), canonical(x, "x", structs=True)
+        carry = jax.tree.map(jnp.copy, canonical(carry, "carry"))
+        closure = self._trace(params, carry, x)
+        return self._blank(closure, params, carry, x)
+
+    def __call__(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
+        """Runs one step and records it.
+
+        Args:
+            params: parameters for this step, of the shapes given to `init`.
+            tape: the tape that `init` or the last call returned.
+            x: one input, of the shape given to `init`.
+
+        Returns:
+            The new tape and the step's y. In reverse mode a cotangent of y, and of the new
+            tape's carry, goes back through the last `window` steps to `params` and to what
+            the step closes over; `x` gets the newest step's share, the old tape nothing.
+            With `every=m > 1` this happens where `due(new_tape)`, for all the losses of
+            the group at once; other calls give zeros.
+
+        Raises:
+            TypeError: the step doesn't return `(carry, y)` with the carry's type, or, when
+                differentiated with `every > 1`, y is not a scalar.
+            ValueError: the tape is not one of this recorder's, or `params` or `x` have other
+                shapes than it was made for.
+
+        Cost:
+            One step and one slot written; in reverse mode `window` pullbacks of the step.
+        """
+        _errors.is_tape(tape, Tape)
+        _errors.no_tape("params", params, Tape)
+        _errors.no_tape("x", x, Tape)
+        params, x = canonical(params, "params"), canonical(x, "x")
+        closure, tape = self._resume(params, tape, x)
+        tape, y, aux = call(closure, tape, params, x)
+        return tape, (y, aux) if self.has_aux else y
+
+    def pullback(
+        self, params: PyTree, tape: Tape, ct_ys: PyTree, ct_carry: PyTree = None
+    ) -> Cotangents:
+        """Sends cotangents back through the recorded steps.
+
+        Args:
+            params: with `weights="current"` the parameters to use for what depends on
+                parameters alone, with "replayed" those to run the window with; with "stored"
+                only their shapes count.
+            tape: the tape after the newest step.
+            ct_ys: cotangents of the outputs of the last m steps, 1 ≤ m ≤ window: leaves
+                (m, *y.shape), oldest first; of y without aux if `has_aux`. Leaves of y
+                that are integers take float0 arrays.
+            ct_carry: cotangent of the tape's carry; None for zero.
+
+        Returns:
+            `Cotangents(params, carry, xs)`. Together the m outputs reach back over
+            min(window, m + max(window - every, 0)) steps, the newest included: all of the
+            window unless m falls short of `every`. Rows of `ct_ys` from before the first
+            recorded step count as nothing.
+
+        Raises:
+            ValueError: the tape is not one of this recorder's, or the cotangents have
+                another structure, shape or dtype than y and the carry.
+
+        Cost:
+            `window` pullbacks of the step.
+        """
+        _errors.is_tape(tape, Tape)
+        params, x = canonical(params, "params"), _tape.some_x(tape)
+        closure, tape = self._resume(params, tape, x)
+        window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
+        ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
+        xs = [jnp.flip(padded(v, closure.window - window.steps), 0) for v in ct.xs]
+        return Cotangents(
+            with_float0(closure.masks["params"], closure.by_group(ct.weights)["params"], params),
+            with_float0(closure.masks["carry"], ct.carry, tape.carry),
+            with_float0(closure.masks["x"], xs, x, (closure.window,)),
+        )
+
+    def due(self, tape: Tape) -> jax.Array:
+        """Whether the newest step on the tape ends a group of `every` steps (bool scalar)."""
+        _errors.is_tape(tape, Tape)
+        return _tape.due(tape)
+
+    def clear(self, tape: Tape) -> Tape:
+        """Forgets the recorded steps and keeps the carry; the next step starts a new group."""
+        _errors.is_tape(tape, Tape)
+        return _tape.clear(tape)
+
+    def _trace(self, params: PyTree, carry: PyTree, x: PyTree) -> Closure:
+        return trace(
+            self.step,
+            params,
+            carry,
+            x,
+            stored=self.weights == "stored",
+            has_aux=self.has_aux,
+            windows=self.windows,
+        )
+
+    def _blank(self, closure: Closure, params: PyTree, carry: PyTree, x: PyTree) -> Tape:
+        types = type_of(params), type_of(carry), type_of(x)
+        settings = Settings(
+            closure.window, self.windows, self.every, self.weights, *types, program_hash(closure)
+        )
+        return _tape.blank(carry, self._slot(closure, carry, x), settings)
+
+    def _resume(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Closure, Tape]:
+        """The closure of the step on this tape, or a refusal before anything runs.
+
+        Where nothing is recorded yet the tape need not be of this step: it is made anew.
+        """
+        made = tape._settings
+        for name in ("windows", "every", "weights"):
+            if getattr(made, name) != getattr(self, name):
+                raise _errors.other_setting(name, getattr(self, name), getattr(made, name))
+        remedy = "Pass what init was given, or make a tape with init for the new shapes."
+        given = {"params": params, "tape.carry": tape.carry, "x": x}
+        for name, kind in (("params", made.params), ("tape.carry", made.carry), ("x", made.x)):
+            lead = f"{name} must be of the type that the tape was made for"
+            _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
+        closure = self._trace(params, tape.carry, x)
+        slot, came = self._slot(closure, tape.carry, x), _tape.layout(tape)
+        if slot == came and made.step == program_hash(closure):
+            return closure, tape
+        if _tape.is_blank(tape):
+            return closure, self._blank(closure, params, tape.carry, x)
+        if slot != came:
+            raise _errors.other_residuals(slot, came)
+        raise _errors.other_step()
+
+    def _slot(self, closure: Closure, carry: PyTree, x: PyTree) -> tuple[LeafType, ...]:
+        return type_of((carry, x)).leaves if self.weights == "replayed" else closure.slot
+
+
+def record(
+    step: StepFn, *, window: PyTree, every: int = 1, weights: str = "stored", has_aux: bool = False
+) -> Recorder:
+    """Wraps a step function so that gradients flow back through its last `window` calls.
+
+    With (c_s, y_s) = step(θ_s, c_{s-1}, x_s), a cotangent (ȳ, c̄) at step t gives
+
+        λ_t = c̄,  ȳ_t = ȳ,  ȳ_s = 0 for s < t
+        λ_{s-1} = (∂c_s/∂c_{s-1})ᵀ λ_s + (∂y_s/∂c_{s-1})ᵀ ȳ_s
+        θ̄ = Σ_s (∂c_s/∂θ)ᵀ λ_s + (∂y_s/∂θ)ᵀ ȳ_s         for s = t … max(1, t-window+1)
+
+    which is `jax.grad` of y_t through the last `window` steps with the older carry
+    detached: BPTT(h; h′) of Williams & Peng with h = window and h′ = every. Arrays that
+    the step closes over are implicit parameters. With a window for each part of the carry a
+    leaf's λ is cut at its own lag and the rest flows on, so that parameters still get what
+    reaches them through other leaves.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, one time step: the body of a `lax.scan`
+            with its parameters in front. Anything that `jax.vjp` takes.
+        window: how many steps a cotangent reaches back, the present one included. 1 is the
+            ordinary one-step gradient, a window as long as the past full BPTT. Or ints in the
+            containers of the carry, or of its outer part: a window for each part, such as
+            `{"fast": 5, "slow": 50}`.
+        every: after how many steps cotangents start, m. The outputs of m steps, counted
+            from the first step, then go back together, `window` steps from the last of
+            them. `window == every` is truncation by chunks, 1 the sliding window.
+        weights: whose parameters the recorded steps are differentiated at. "stored": each
+            step's own (exact; they sit on the ring). "current": recorded activations with
+            the caller's parameters now, for every value that depends on neither carry nor
+            x; none of these is on the ring. "replayed": the ring holds carries and inputs, and
+            the window is run again under the caller's parameters from the oldest carry there.
+        has_aux: whether y is a pair `(y, aux)` whose second half is not differentiated.
+
+    Returns:
+        A `Recorder`.
+
+    Raises:
+        ValueError: `window` holds something else than positive ints, `every` is not one, or
+            `weights` is none of these; from `init` on, `window` does not fit the carry.
+
+    Cost:
+        `window` slots of residuals, whatever the length of the loop; for a gradient,
+        `window` pullbacks of the step. The longest window of a part that gradients flow through
+        counts; of a part whose window is over nothing is computed.
+
+    References:
+        Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
+        Recurrent Network Trajectories", Neural Computation 2(4), 1990.
+        Sutskever, "Training Recurrent Neural Networks", PhD thesis, Toronto, 2013 (k1, k2).
+        Harlap et al., "PipeDream", 2018 (weight stashing: "stored").
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbptt
+        >>> step = lambda w, c, x: (w * c + x, w * c + x)
+        >>> rec = jaxbptt.record(step, window=3)
+        >>> tape = rec.init(0.5, 0.0, 0.0)
+        >>> for x in (1.0, 0.0, 0.0, 0.0):
+        ...     tape, y = rec(0.5, tape, x)
+        >>> float(rec.pullback(0.5, tape, jnp.ones(1)).params)  # 3 of the 3 w² that reach x_1
+        0.75
+    """
+    if not callable(step):
+        raise _errors.not_callable(step)
+    windows = Windows.of(window)
+    _errors.positive_int("every", every)
+    _errors.one_of("weights", weights, ("stored", "current", "replayed"))
+    every = min(int(every), 2**31 - 1)  # a group that long never ends, nor does its counter wrap
+    return Recorder(step, windows, every, weights, bool(has_aux))

@@ -1,0 +1,187 @@
+"""The reverse sweep over a whole run: every chain in flight, and each weight's contraction.
+
+One loop over the steps, newest first. The weights and x take one pullback, of the sum of
+the cotangents of all chains in flight (see `_chains`), for that pullback is linear. What
+the weights' contractions need is emitted for a block of steps and contracted at its end,
+so that the emitted operands never take more than a fraction of what the residuals take.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt._arrays import size_in_bytes, zeros
+from jaxbptt._closure.closure import Closure
+from jaxbptt._closure.contract import Split
+from jaxbptt._jaxprs.blocks import block_of, block_size, in_blocks, rows
+from jaxbptt._jaxprs.evaluate import ZERO, drop, merge, variables
+from jaxbptt._jaxprs.loop_fission import Stages, divide
+from jaxbptt._jaxprs.stacks import scan_stacking
+from jaxbptt._transforms.chain_by_chain import is_needed, pull_chains
+from jaxbptt._transforms.groups import Groups
+from jaxbptt._transforms.scan_chains import Chains, select
+from jaxbptt._transforms.window_vjp import dense_weights, densify
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recorded run.
+
+    Attributes:
+        stacks: the recorded residuals, each (length, *residual.shape).
+        fixed: the residuals that are the same at all steps.
+        groups: which outputs reach which steps.
+        factors: what λ is multiplied by as it enters each step, in the order of the steps, or
+            None. Only where one chain reaches all steps.
+        reverse: whether step 1 is the last row of the stacks.
+    """
+
+    stacks: list
+    fixed: list
+    groups: Groups
+    factors: jax.Array | None
+    reverse: bool
+
+    def reached(self, places: jax.Array) -> jax.Array:
+        """For each of these rows, whether the one chain there is reaches it."""
+        return jax.vmap(lambda place: self.groups.reached(self.step(place)))(places)
+
+    def step(self, place: Any) -> Any:
+        """Of a row of the stacks, the number of its step, from 1."""
+        return self.groups.length - place if self.reverse else place + 1
+
+
+def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[list, list, list]:
+    """Cotangents of the weights, the initial carry and xs of a run.
+
+    Args:
+        closure: the traced step.
+        run: the recorded run.
+        ct_carry: cotangent of the final carry.
+        ct_ys: cotangents of ys, each (length, *y.shape).
+    """
+    groups, kinds = run.groups, closure.cotangents
+    if not groups.length:
+        no_xs = [jnp.zeros((0, *kind.shape), kind.dtype) for kind in kinds["x"]]
+        return [zeros(kind) for kind in (*kinds["hoisted"], *kinds["params"])], ct_carry, no_xs
+    if is_needed(closure, groups):
+        return pull_chains(closure, run.stacks, run.fixed, groups, run.reverse, ct_carry, ct_ys)
+    sweep = _Sweep.of(closure, run, [*run.stacks, *ct_ys])
+    block = sweep.block()
+    contracted = None if block == groups.length else sweep.split.zero_contractions()
+    state = sweep.chains.at_the_end(ct_carry), sweep.split.zero_sums(), contracted
+    (lam, sums, contracted), xs = in_blocks(
+        sweep.block_of_steps,
+        state,
+        groups.length,
+        block,
+        kinds["x"],
+        first=72,
+        descending=not run.reverse,
+    )
+    unvaried = closure.unvaried(sweep.split, run.fixed)
+    weights = sweep.split.finish(closure.consts["pull"], unvaried, contracted, sums)
+    return dense_weights(closure, weights), sweep.chains.at_the_start(lam), xs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    """The loop over the steps, in blocks; its state is λ of each chain and the sums."""
+
+    closure: Closure
+    run: Run
+    stacks: list  # of what differs from step to step: recorded residuals, then ȳ
+    split: Split
+    stages: Stages
+    env: dict[Any, Any]
+    chains: Chains
+
+    @classmethod
+    def of(cls, closure: Closure, run: Run, stacks: list) -> "_Sweep":
+        single = run.groups.chains == 1
+        split = closure.split("pull", ("carry", "x") if single else ("x",))
+        invars, n = split.jaxpr.invars, len(closure.cotangents["carry"])
+        after_fixed = len(run.stacks) + len(run.fixed)
+        rows, fixed = invars[: len(run.stacks)], invars[len(run.stacks) : after_fixed]
+        rows, state = rows + invars[after_fixed + n :], invars[after_fixed : after_fixed + n]
+        known = (*split.jaxpr.constvars, *fixed), (*closure.consts["pull"], *run.fixed)
+        env = dict(zip(*known, strict=True))
+        n = n if single else 0
+        now = [*drop(split.outs[:n], split.outs[:n]), *split.terms]
+        later = [*drop(split.outs[n:], split.outs[n:]), *split.emitted]
+        stages = divide(split.at_lag, env, rows, state, now, later)
+        return cls(closure, run, stacks, split, stages, env, Chains(closure, run.groups, run.fixed))
+
+    def block(self) -> int:
+        """How many steps' operands are emitted before they are contracted."""
+        length = self.run.groups.length
+        weights = size_in_bytes(v.aval for v in variables(self.split.weights))
+        kept = self.stages.later[: len(self.stages.later) - len(self.split.emitted)]
+        held, spared = size_in_bytes(self.stacks) + weights, self.closure.spared * length
+        return block_size(
+            length,
+            self.stages.temporaries(kept),
+            held,
+            spared,
+            copied=self.stages.rows_read() + size_in_bytes(v.aval for v in variables(kept)),
+            in_parts=weights,
+        )
+
+    def block_of_steps(self, state: Any, start: Any, size: int) -> tuple[Any, list]:
+        """A block of steps backwards: λ and the sums before it, x̄ in it."""
+        lam, sums, contracted = state
+        places = start + jnp.arange(size, dtype=jnp.int32)
+        these = block_of(self.stacks, start, size)
+        early = self.stages.ahead(self.env, these, size)
+        (lam, sums), cut = scan_stacking(
+            self.one_step,
+            (lam, sums),
+            (places, early),
+            [v.aval for v in self.stages.cut],
+            size,
+            first=48,
+            reverse=not self.run.reverse,
+        )
+        later = self.stages.behind(self.env, these, early, cut, size)
+        if self.run.groups.gaps:
+            later = [select(self.run.reached(places), v) for v in later]
+        n = len(later) - len(self.split.emitted)
+        made = self.split.contract(later[n:])
+        if contracted is not None:
+            made = [total + v for total, v in zip(contracted, made, strict=True)]
+        kinds = self.closure.cotangents["x"]
+        marks = self.split.outs[len(self.split.outs) - len(kinds) :]
+        xs = [
+            jnp.broadcast_to(zeros(kind), (size, *kind.shape)) if v is ZERO else v
+            for v, kind in zip(merge(later[:n], marks), kinds, strict=True)
+        ]
+        return (lam, sums, made), xs
+
+    def one_step(self, state: Any, row: Any) -> tuple[Any, list]:
+        """One step backwards."""
+        (lam, sums), (place, early) = state, row
+        groups, step, values = self.run.groups, self.run.step(place), rows(self.stacks, place)
+        lam = self.chains.entering(step, lam)
+        if self.run.factors is not None:
+            lam = [_scale_or_zero(self.run.factors[step - 1], v) for v in lam]
+        outs, cut = self.stages.trip(self.env, self.chains.total(lam), values, early)
+        n = len(outs) - len(self.split.terms)
+        live = groups.reached(step) if groups.gaps else True
+        sums = self.split.add(sums, outs[n:], live)
+        if groups.chains > 1:
+            lam = self.chains.pull(values, lam, step)
+        else:
+            older = merge(outs[:n], self.split.outs[: len(lam)])
+            lam = densify(older, self.closure.cotangents["carry"])
+        return (lam, sums), cut
+
+
+def _scale_or_zero(factor: jax.Array, value: jax.Array) -> jax.Array:
+    """A value times a factor, zeros where the factor is 0, whatever the value is there."""
+    wide = value
+    if jnp.finfo(value.dtype).bits < 32:  # else the factors' rounding would add up to a bias
+        wide = value.astype(jnp.float32)
+    product = wide * factor.astype(wide.real.dtype)
+    return jnp.where(factor > 0, product, jnp.zeros_like(product)).astype(value.dtype)

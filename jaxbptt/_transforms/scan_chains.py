@@ -1,0 +1,152 @@
+"""λ of every chain in flight: what enters a step, and what a step makes of it.
+
+Each leaf of λ has its chains in front. With one window they have slots, of group g the slot
+g % chains, for by the time that a slot's next group starts the one before is over: nothing is
+moved. With a window for each part they lie by age, youngest first, so that those that are
+old enough to have lost a part are together, and are pulled back by a program without it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt._closure.closure import Closure
+from jaxbptt._closure.contract import where_or_zero
+from jaxbptt._closure.pullbacks import name_of
+from jaxbptt._jaxprs.evaluate import bind
+from jaxbptt._transforms.groups import Groups
+from jaxbptt._transforms.window_vjp import densify
+
+
+@dataclasses.dataclass(frozen=True)
+class Chains:
+    """The chains of a run; where there is one, λ has no axis for it."""
+
+    closure: Closure
+    groups: Groups
+    fixed: list  # the residuals that are the same at all steps
+
+    @property
+    def windows(self) -> list[int]:
+        """The window of each leaf of λ."""
+        one = [self.groups.window] * len(self.closure.cotangents["carry"])
+        return list(self.groups.parts) or one
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one chain."""
+        return self.groups.chains == 1
+
+    def at_the_end(self, ct_carry: list) -> list:
+        """λ before the last step: the final carry's cotangent is the last group's."""
+        if self.single:
+            return ct_carry
+        ages = self._ages(self.groups.length)
+        return [select(age == 0, v[None]) for age, v in zip(ages, ct_carry, strict=True)]
+
+    def entering(self, step: Any, lam: list) -> list:
+        """λ as it enters a step: zero where a chain is over, or starts there.
+
+        What comes out of a step at which a chain is over is never asked for, so that a pullback
+        need not give zero for zero.
+        """
+        if self.groups.whole:
+            return lam
+        starts: Any = self.groups.starts(step)
+        if self.groups.parts and not self.single:
+            lam = [jnp.where(starts, _older(v), v) for v in lam]
+            starts = False
+        goes_on = [~(starts & (age == 0)) for age in self._ages(step)]
+        return self._followed(step, lam, goes_on)
+
+    def total(self, lam: list) -> list:
+        """The sum over the chains."""
+        return lam if self.single else [jnp.sum(v, 0) for v in lam]
+
+    def at_the_start(self, lam: list) -> list:
+        """The sum of the λ that reach the initial carry."""
+        if self.groups.whole:
+            return lam
+        return self.total(self._followed(1, lam, [True] * len(lam)))
+
+    def pull(self, values: list, lam: list, step: Any) -> list:
+        """λ of several chains one step further.
+
+        Args:
+            values: the step's recorded residuals, then its ȳ.
+            lam: λ as it entered the step.
+            step: the step's number.
+        """
+        if not lam:
+            return []  # there is no carry to follow, and nothing to batch over
+        counts, n = [len(v) for v in lam], len(self.closure.slot)
+        residuals, ct_y = [*values[:n], *self.fixed], values[n:]
+        own = self._ages(step)[counts.index(max(counts))] == 0
+        ends = sorted(set(counts))
+        pulled: list[list] = [[] for _ in lam]
+        for start, end in zip([0, *ends], ends, strict=False):
+            there = [v[start:end] if n > start else None for v, n in zip(lam, counts, strict=True)]
+            if start == 0:
+                older = self._youngest(residuals, there, ct_y, own[:end])
+            else:
+                over = self.closure.over_at(start, counts)
+                older = self._pulled(name_of(False, over), residuals, there)
+            for rows, v, alive in zip(pulled, older, there, strict=True):
+                rows += [] if alive is None else [v]
+        return [rows[0] if len(rows) == 1 else jnp.concatenate(rows) for rows in pulled]
+
+    def _youngest(self, residuals: list, lam: list, ct_y: list, own: jax.Array) -> list:
+        """λ of the chains that have all parts; the step's own takes ȳ in."""
+        if self.closure.indifferent_to_y:
+            of_own = [select(own, v[None]) for v in ct_y]
+            return self._pulled("pull", residuals, lam, of_own)
+        older = self._pulled("pull_carry", residuals, lam)
+        present = self._pull("pull", residuals, [jnp.zeros_like(v[0]) for v in lam], ct_y)
+        return [v + select(own, u[None]) for v, u in zip(older, present, strict=True)]
+
+    def _pulled(self, name: str, residuals: list, lam: list, ct_y: Sequence = ()) -> list:
+        """`_pull` of every chain, in one batch: what is known to be linear can be batched."""
+
+        def pull(lam: list, ct_y: list) -> list:
+            return self._pull(name, residuals, lam, ct_y)
+
+        return jax.vmap(pull)(lam, list(ct_y))
+
+    def _pull(self, name: str, residuals: list, lam: list, ct_y: list) -> list:
+        """λ of one chain by a program that doesn't read the λ that is None here."""
+        kinds = self.closure.cotangents["carry"]
+        split = self.closure.split(name, ("carry",), weights=False)
+        args = [*residuals, *lam, *ct_y]
+        # Chains are pulled back as a batch, which has many rows.
+        outs, _, _ = split.one_lag(self.closure.consts[name], args, bind)
+        return densify(outs, kinds)
+
+    def _ages(self, step: Any) -> list[Any]:
+        """The ages of the chains of each leaf of λ at a step."""
+        counts = [self.groups.chains_of(w) for w in self.windows]
+        if self.single:
+            return [0 for _ in counts]
+        if self.groups.parts:
+            return [jnp.arange(n, dtype=jnp.int32) for n in counts]
+        return [(jnp.arange(n, dtype=jnp.int32) - self.groups.own(step)) % n for n in counts]
+
+    def _followed(self, step: Any, lam: list, flags: list) -> list:
+        """λ where the flags are set and the chains reach the step."""
+        kept = []
+        for v, flag, age, window in zip(lam, flags, self._ages(step), self.windows, strict=True):
+            alive = self.groups.alive(step, age, window) & flag
+            kept.append(where_or_zero(alive, v) if self.single else select(alive, v))
+        return kept
+
+
+def _older(lam: jax.Array) -> jax.Array:
+    """λ by age as the step before sees it, which is in a group of its own: none is there yet."""
+    return jnp.concatenate([jnp.zeros_like(lam[:1]), lam[:-1]])
+
+
+def select(flags: jax.Array, values: jax.Array) -> jax.Array:
+    """The rows of `values` where the flag is set, else zeros."""
+    return where_or_zero(flags.reshape(flags.shape + (1,) * (values.ndim - 1)), values)

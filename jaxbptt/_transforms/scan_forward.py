@@ -1,0 +1,69 @@
+"""The recorded run: a loop of steps that leaves its residuals behind, stacked."""
+
+from typing import Any
+
+from jaxbptt._arrays import size_in_bytes
+from jaxbptt._closure.closure import Closure
+from jaxbptt._jaxprs.blocks import block_of, block_size, in_blocks
+from jaxbptt._jaxprs.loop_fission import divide
+from jaxbptt._jaxprs.stacks import scan_stacking
+
+
+def record_run(
+    closure: Closure, init: list, xs: list, length: int, *, reverse: bool, unroll: int
+) -> tuple[list, list, list]:
+    """Runs a step that has no parameters of its own.
+
+    Args:
+        closure: the traced step.
+        init: the initial carry.
+        xs: the inputs, each (length, *x.shape).
+        length: how many steps.
+        reverse: whether to start from the last row.
+        unroll: how many steps a trip of the compiled loop has.
+
+    Returns:
+        The last carry, ys, and the recorded residuals, stacked.
+    """
+    hoisted, n = closure.consts["hoisted"], len(init)
+    m, jaxpr = len(hoisted), closure.programs["forward"]
+    consts = [*closure.consts["forward"], *hoisted]
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars[:m]), consts, strict=True))
+    state, row = jaxpr.invars[m : m + n], jaxpr.invars[m + n :]
+    ys = jaxpr.outvars[n : len(closure.outputs.leaves)]
+    residuals = [jaxpr.outvars[i] for i in closure.recorded]
+    made = [v for v in residuals if v not in row]  # what x itself is, xs already hold
+    stages = divide(jaxpr.eqns, env, row, state, jaxpr.outvars[:n], ys + made)
+
+    out_bytes = size_in_bytes(v.aval for v in ys + made)
+    block = block_size(
+        length,
+        stages.temporaries(stages.later),
+        out_bytes * length + size_in_bytes(closure.cotangents["hoisted"]),
+        closure.spared * length,
+        copied=out_bytes + stages.rows_read(),
+    )
+
+    def run(carry: list, start: Any, size: int) -> tuple[list, list]:
+        x = block_of(xs, start, size)
+        early = stages.ahead(env, x, size)
+
+        def trip(carry: list, row: tuple[list, list]) -> tuple[list, list]:
+            return stages.trip(env, carry, *row)
+
+        carry, cut = scan_stacking(
+            trip,
+            carry,
+            (x, early),
+            [v.aval for v in stages.cut],
+            size,
+            first=0,
+            reverse=reverse,
+            unroll=max(1, min(unroll, size)),
+        )
+        return carry, stages.behind(env, x, early, cut, size)
+
+    kinds = [v.aval for v in ys + made]
+    carry, outs = in_blocks(run, init, length, block, kinds, first=24, descending=reverse)
+    stacks = dict(zip((*row, *made), (*xs, *outs[len(ys) :]), strict=True))
+    return carry, outs[: len(ys)], [stacks[v] for v in residuals]

@@ -1,0 +1,207 @@
+"""The tape: the live carry beside a ring of residuals, a pytree of fixed size.
+
+A ring is a list of arrays with one slot for each of the last `window` steps. All
+counters stay below `window` or `every`, so nothing overflows however long the loop.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from jaxbptt import _errors
+from jaxbptt._arrays import canonical, stand_in, zeros
+from jaxbptt._types import LeafType, PyTree, TreeType, leaf_type, type_of
+from jaxbptt._windows import Windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a tape is for: static, hashable, equal by value."""
+
+    window: int  # slots of the ring: the longest of a part that gradients flow through
+    windows: Windows
+    every: int
+    weights: str
+    params: TreeType
+    carry: TreeType
+    x: TreeType
+    step: str  # a hash of what the step computes
+
+
+@dataclasses.dataclass(frozen=True)
+class Tape:
+    """The carry of a recorded loop and the residuals of its last steps: a pytree.
+
+    Made by `Recorder.init` and returned by every call of the recorder; carry it through
+    `lax.scan`, donate it to `jit`, `vmap` over it. Its size is fixed.
+
+    Attributes:
+        carry: the live carry, as the step returned it last.
+        length: int32 scalar, how many steps are recorded, at most the window.
+        nbytes: int, the bytes of the ring (known under `jax.eval_shape` too).
+    """
+
+    carry: PyTree
+    length: jax.Array
+    _ring: list[jax.Array]  # each (window, *residual.shape), written at slots 0, 1, ... in turn
+    _head: jax.Array  # int32, the slot of the newest step
+    _phase: jax.Array  # int32, steps in the current group of `every`, the newest included
+    _settings: Settings
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ring."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in self._ring)
+
+    def replace(self, *, carry: PyTree) -> "Tape":
+        """The same tape with another live carry, of the same structure, shapes and dtypes.
+
+        The recorded steps stay: a later cotangent flows from the new carry into the
+        step that was recorded last, as if that step had returned it.
+
+        Args:
+            carry: the new carry.
+
+        Raises:
+            ValueError: `carry` is not of the type of the carry on the tape.
+        """
+        _errors.no_tape("carry", carry, Tape)
+        carry = canonical(carry, "carry")
+        _errors.same_type(
+            "carry must be of the type of the carry on the tape",
+            "carry",
+            type_of(self.carry),
+            type_of(carry),
+            "Cast or reshape it, or make a new tape with init.",
+        )
+        return dataclasses.replace(self, carry=carry)
+
+
+jax.tree_util.register_dataclass(
+    Tape,
+    data_fields=["carry", "length", "_ring", "_head", "_phase"],
+    meta_fields=["_settings"],
+)
+
+
+def blank(carry: PyTree, slot: Sequence[LeafType], settings: Settings) -> Tape:
+    """A tape with nothing recorded: its slots are zeros that no result ever depends on."""
+    ring = [zeros(leaf.stacked(settings.window)) for leaf in slot]
+    # Three arrays rather than one thrice: a buffer can be donated only once.
+    length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return Tape(carry, length, ring, head, phase, settings)
+
+
+def is_blank(tape: Tape) -> bool:
+    """Whether nothing is recorded, as far as that is known while tracing."""
+    return not isinstance(tape.length, jax.core.Tracer) and not tape.length.any()
+
+
+def clear(tape: Tape) -> Tape:
+    """Nothing recorded, the carry kept. The ring is zeroed: residuals may hold a NaN."""
+    return dataclasses.replace(
+        tape,
+        length=jnp.zeros_like(tape.length),
+        _ring=[jnp.zeros_like(leaf) for leaf in tape._ring],
+        _head=jnp.zeros_like(tape._head),
+        _phase=jnp.zeros_like(tape._phase),
+    )
+
+
+def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
+    """Writes one step over the oldest slot and makes `carry` the live one."""
+    window, every = tape._settings.window, tape._settings.every
+    head = (tape._head + 1) % window
+    _same_sharding(tape._ring, residuals)
+    ring = [
+        lax.dynamic_update_index_in_dim(leaf, value, head, 0)
+        for leaf, value in zip(tape._ring, residuals, strict=True)
+    ]
+    return dataclasses.replace(
+        tape,
+        carry=carry,
+        length=jnp.minimum(tape.length + 1, window),
+        _ring=ring,
+        _head=head,
+        _phase=tape._phase % every + 1,
+    )
+
+
+def _same_sharding(ring: Sequence[jax.Array], residuals: Sequence[jax.Array]) -> None:
+    """Says which types differ where JAX would speak of the ring's write."""
+    for leaf, value in zip(map(leaf_type, ring), map(leaf_type, residuals), strict=True):
+        slot = value.stacked(leaf.shape[0]).sharding
+        if leaf.sharding != slot:
+            raise ValueError(
+                "params, carry and x must lie over the Explicit axes of the mesh as those that "
+                f"init was given, but a residual {value} was of {_spec(leaf.sharding)} then and "
+                f"is of {_spec(slot)} now, time in front. Call init with arrays (or structs) of "
+                "the shardings that the loop has."
+            )
+
+
+def _spec(sharding: Any) -> str:
+    return "no sharding" if sharding is None else f"sharding {sharding.spec}"
+
+
+def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any], list[jax.Array]]:
+    """A function from lag (0 is the newest step) to that step's residuals.
+
+    Beyond what is recorded it gives the oldest step again, never an unwritten slot:
+    its values are masked, but masking can't undo a NaN in a derivative.
+    """
+    window = ring[0].shape[0] if ring else 1
+
+    def read(lag: Any) -> list[jax.Array]:
+        slot = (head - jnp.clip(lag, 0, jnp.maximum(length - 1, 0))) % window
+        return _exactly([lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring])
+
+    return read
+
+
+def _exactly(leaves: list[jax.Array]) -> list[jax.Array]:
+    """What was read from a ring, in such a way that a TPU's compiler reads one slot at a time.
+
+    Products take float32 in bfloat16 there, by default, and the compiler would round the whole
+    ring before the loop over the lags: half a ring of scratch, written and read at each update.
+    It can't move the rounding over a multiplication, and so there is one, by one.
+    """
+
+    def times_one(*leaves: jax.Array) -> list[jax.Array]:
+        one = lax.optimization_barrier(jnp.ones((), jnp.float32))
+        return [v * one if v.dtype == jnp.float32 else v for v in leaves]
+
+    return lax.platform_dependent(*leaves, tpu=times_one, default=lambda *leaves: list(leaves))
+
+
+def some_x(tape: Tape) -> PyTree:
+    """Something of x's type to trace with.
+
+    It lies over the Explicit axes that the tape lies over now: a tape may have been brought
+    to another mesh, or off it, since it was made.
+    """
+    kinds = map(leaf_type, [*tape._ring, *jax.tree.leaves(tape.carry)])
+    mesh = next((kind.sharding.mesh for kind in kinds if kind.sharding), None)
+
+    def laid(kind: LeafType) -> LeafType:
+        if kind.sharding is None or mesh is None:
+            return dataclasses.replace(kind, sharding=None)
+        return dataclasses.replace(kind, sharding=NamedSharding(mesh, kind.sharding.spec))
+
+    x = tape._settings.x
+    return stand_in(dataclasses.replace(x, leaves=tuple(map(laid, x.leaves))))
+
+
+def layout(tape: Tape) -> tuple[LeafType, ...]:
+    """The types of the residuals in one slot."""
+    return tuple(dataclasses.replace(leaf_type(leaf), shape=leaf.shape[1:]) for leaf in tape._ring)
+
+
+def due(tape: Tape) -> jax.Array:
+    """Whether the newest step ends a group of `every`."""
+    return tape._phase == tape._settings.every

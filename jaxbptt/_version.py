@@ -1,0 +1,3 @@
+"""The version, of which checkpoints keep a note."""
+
+__version__ = "0.1.0"
