@@ -11,7 +11,9 @@ from jaxbptt import _errors
 from jaxbptt._types import PyTree, TreeType, leaf_type
 
 
-def canonical(tree: PyTree, name: str, *, structs: bool = False, returned: bool = False) -> PyTree:
+def as_strong_arrays(
+    tree: PyTree, name: str, *, structs: bool = False, blame: str = "caller"
+) -> PyTree:
     """Makes every leaf a strongly typed array of a dtype that JAX has.
 
     Python scalars, weakly typed arrays and NumPy's float64 would otherwise give a
@@ -21,7 +23,7 @@ def canonical(tree: PyTree, name: str, *, structs: bool = False, returned: bool 
         tree: arrays, tracers or numbers.
         name: what a message calls the tree.
         structs: whether ShapeDtypeStructs are allowed, and kept.
-        returned: whether the step returned it, or the user passed it in.
+        blame: "step" if the step returned it, "caller" if it was passed in.
 
     Raises:
         TypeError: a leaf that the step returned is none of these.
@@ -37,7 +39,7 @@ def canonical(tree: PyTree, name: str, *, structs: bool = False, returned: bool 
             leaf = jnp.asarray(leaf)
         except (TypeError, ValueError) as cause:
             path = name + jax.tree_util.keystr(path)
-            raise _errors.not_an_array(path, leaf, returned=returned) from cause
+            raise _errors.not_an_array(path, leaf, returned=blame == "step") from cause
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
         return lax.convert_element_type(leaf, leaf.dtype)
@@ -54,12 +56,12 @@ def _canonical_struct(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
-def stand_in(kind: TreeType) -> PyTree:
+def structs_of(kind: TreeType) -> PyTree:
     """Something of a type to trace with, where there are no arrays."""
-    return kind.treedef.unflatten([like(leaf) for leaf in kind.leaves])
+    return kind.treedef.unflatten([struct_like(leaf) for leaf in kind.leaves])
 
 
-def like(aval: Any) -> Any:
+def struct_like(aval: Any) -> Any:
     """Something of an abstract value's type to trace with, its explicit sharding included."""
     if leaf_type(aval).varying:
         return zeros(aval)

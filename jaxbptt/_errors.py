@@ -65,7 +65,7 @@ def not_a_prefix(window: Any, carry: TreeType) -> ValueError:
     there = [f"carry{path}: {leaf}" for path, leaf in _by_path(carry).items()]
     return ValueError(
         "window must be one int, or ints in the containers of the carry or of its outer part, "
-        f"but got\n{_bullets(shown)}\nfor a carry with\n{_bullets(there)}\n"
+        f"but got\n{bullets(shown)}\nfor a carry with\n{bullets(there)}\n"
         "Give each part of the carry its window under the part's own key."
     )
 
@@ -80,14 +80,14 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def not_callable(step: Any) -> ValueError:
     """The error for something else where the step function belongs."""
     return ValueError(
-        f"step must be a function step(params, carry, x) -> (carry, y), but got {_kind(step)}."
+        f"step must be a function step(params, carry, x) -> (carry, y), but got {describe(step)}."
     )
 
 
 def is_pair(value: Any, what: str, remedy: str) -> None:
     """Refuses a step's return value that is not a pair."""
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f"step must return {what}, but it returned {_kind(value)}. {remedy}")
+        raise TypeError(f"step must return {what}, but it returned {describe(value)}. {remedy}")
 
 
 def same_type(
@@ -125,18 +125,18 @@ def same_type(
         count = f"{len(rows)} of {len(wanted)} leaves differ{'s' if len(rows) == 1 else ''}"
     else:
         count = "the structure differs"
-    raise error(f"{lead}, but {count}:\n{_bullets(rows)}\n{remedy}")
+    raise error(f"{lead}, but {count}:\n{bullets(rows)}\n{remedy}")
 
 
 def not_an_array(path: str, leaf: Any, *, returned: bool) -> Exception:
     """The error for a leaf that JAX can't make an array of."""
     if returned:
         return TypeError(
-            f"step must return arrays or numbers, but {path} is {_kind(leaf)}. "
+            f"step must return arrays or numbers, but {path} is {describe(leaf)}. "
             "Leave out of it what is not an array."
         )
     return ValueError(
-        f"{path} must be an array or a number, but got {_kind(leaf)}. "
+        f"{path} must be an array or a number, but got {describe(leaf)}. "
         "Let the step close over what is not an array."
     )
 
@@ -146,7 +146,7 @@ def is_tape(value: Any, tape_class: type) -> None:
     if not isinstance(value, tape_class):
         raise ValueError(
             "tape must be the Tape that init or the last call returned, but got "
-            f"{_kind(value)}. A carry goes in through rec.init(params, carry, x) or "
+            f"{describe(value)}. A carry goes in through rec.init(params, carry, x) or "
             "tape.replace(carry=carry)."
         )
 
@@ -154,7 +154,7 @@ def is_tape(value: Any, tape_class: type) -> None:
 def not_a_recorder(value: Any) -> ValueError:
     """The error for something else where the recorder belongs."""
     return ValueError(
-        f"recorder must be what jaxbptt.record returned, but got {_kind(value)}. "
+        f"recorder must be what jaxbptt.record returned, but got {describe(value)}. "
         "Wrap the step: jaxbptt.record(step, window=...)."
     )
 
@@ -210,7 +210,7 @@ def rows_of(ct_ys: TreeType, window: int) -> int:
         rows = [f"ct_ys{path}: {n[0] if n else 'no axis'}" for path, n in lengths.items()]
         raise ValueError(
             "ct_ys must have the same first axis, over time steps, in all leaves, but got "
-            f"lengths\n{_bullets(rows)}\nStack the cotangents of the steps, oldest first."
+            f"lengths\n{bullets(rows)}\nStack the cotangents of the steps, oldest first."
         )
     length = next(iter(lengths.values()), (1,))
     if not length or not 1 <= length[0] <= window:
@@ -241,14 +241,16 @@ def _type_at(leaves: dict[str, LeafType], path: str) -> str:
     return str(leaves[path]) if path in leaves else "nothing"
 
 
-def _bullets(rows: list[str]) -> str:
+def bullets(rows: list[str]) -> str:
+    """A list of rows, the first few of many."""
     shown = [f"  * {row}" for row in rows[:_SHOWN]]
     if len(rows) > _SHOWN:
         shown.append(f"  * and {len(rows) - _SHOWN} more")
     return "\n".join(shown)
 
 
-def _kind(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What a value is, for a message: `got` so and so."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         noun = "a ShapeDtypeStruct" if isinstance(value, jax.ShapeDtypeStruct) else "an array"
         return f"{noun} {leaf_type(value)}"

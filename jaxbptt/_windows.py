@@ -60,7 +60,7 @@ def _is_leaf(value: PyTree) -> bool:
     return value is None or isinstance(value, RandomWindow)
 
 
-def within(window: int, rows: int, every: int) -> int:
+def reach_of_rows(window: int, rows: int, every: int) -> int:
     """How many steps the last `rows` outputs of a group reach, which may fall short of `every`."""
     return min(window, rows + max(window - every, 0))
 

@@ -135,7 +135,7 @@ class Checkpoints:
             step = operator.index(step)
         except TypeError:
             raise ValueError(
-                f"step must be an int, but got {_errors._kind(step)}. Of a LearnerState it is "
+                f"step must be an int, but got {_errors.describe(step)}. Of a LearnerState it is "
                 "int(state.step)."
             ) from None
         last = self._disk.last()

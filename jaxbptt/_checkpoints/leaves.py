@@ -180,6 +180,6 @@ def _check(path: str, value: Any) -> None:
     dtype = np.asarray(value).dtype if number else getattr(value, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
         raise ValueError(
-            f"{path} must be an array or a number, but got {_errors._kind(value)}. What else "
+            f"{path} must be an array or a number, but got {_errors.describe(value)}. What else "
             "there is to keep goes into data, as JSON."
         )

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 
 from jaxbptt import _errors
-from jaxbptt._arrays import stand_in
+from jaxbptt._arrays import structs_of
 from jaxbptt._checkpoints.leaves import Leaf, State, checksum
 from jaxbptt._closure.fingerprint import fingerprint
-from jaxbptt._transforms import tape as _tape
-from jaxbptt._transforms.record import Recorder
-from jaxbptt._transforms.tape import Settings, Tape
+from jaxbptt._transforms.record import Recorder, slot_types, trace_recorder
+from jaxbptt._transforms.tape import Settings, Tape, layout, settings_of
 from jaxbptt._types import LeafType, TreeType
 from jaxbptt._version import __version__
 
@@ -55,7 +54,7 @@ class Steps:
             if not isinstance(each, Recorder):
                 raise ValueError(
                     "recorder must be what jaxbptt.record or jaxbptt.learner returned, or a "
-                    f"list of these, one for each tape, but got {_errors._kind(each)}. Wrap the "
+                    f"list of these, one for each tape, but got {_errors.describe(each)}. Wrap the "
                     "step: jaxbptt.record(step, window=...)."
                 )
         return cls(recorders)
@@ -88,7 +87,7 @@ class Steps:
         return {"format": _FORMAT, **_versions(), "tapes": tapes, "leaves": leaves}
 
     def _of_tape(self, i: int, tape: Tape) -> Manifest:
-        rec, made = self.recorders[i], tape._settings
+        rec, made = self.recorders[i], settings_of(tape)
         for name in ("windows", "every", "weights"):
             if getattr(made, name) != getattr(rec, name):
                 raise _errors.other_setting(name, getattr(rec, name), getattr(made, name))
@@ -96,8 +95,8 @@ class Steps:
             self.known[i, made] = _of_step(rec, made)
         slot, said = self.known[i, made]
         # Under vmap arrays have an axis more than the recorder knows of.
-        if slot is not None and tape.length.ndim == 0 and slot != _tape.layout(tape):
-            raise _errors.other_residuals(slot, _tape.layout(tape))
+        if slot is not None and tape.length.ndim == 0 and slot != layout(tape):
+            raise _errors.other_residuals(slot, layout(tape))
         return said
 
 
@@ -192,16 +191,16 @@ def _of_step(rec: Recorder, made: Settings) -> tuple[Slot | None, Manifest]:
     """The layout of a slot; and in words that, the recorder's options, and the fingerprint."""
     known = {"window": repr(rec.window), "every": rec.every, "weights": rec.weights}
     known["x"] = ", ".join(map(str, made.x.leaves))
-    params, carry, x = (stand_in(_outside(kind)) for kind in (made.params, made.carry, made.x))
+    params, carry, x = (structs_of(_outside(kind)) for kind in (made.params, made.carry, made.x))
     try:
         with _off_any_mesh():
-            closure = rec._trace(params, carry, x)
+            closure = trace_recorder(rec, params, carry, x)
     except NameError as error:
         if "axis name" not in str(error):
             raise
         # A step with collectives has no meaning, and no trace, outside its mesh.
         return None, {**known, "slot": None, "step": None}
-    slot = rec._slot(closure, carry, x)
+    slot = slot_types(rec, closure, carry, x)
     return slot, {**known, "slot": [*map(str, slot)], "step": fingerprint(closure)}
 
 
@@ -235,7 +234,7 @@ def _same_leaves(theirs: Manifest, ours: Manifest, where: str, past: bool, remed
         count = f"{len(rows)} of {len(saved)} leaves differ{'s' if len(rows) == 1 else ''}"
     raise ValueError(
         f"like must be of the type of the state in {where}, but {count}:\n"
-        f"{_errors._bullets(rows)}\n{remedy}"
+        f"{_errors.bullets(rows)}\n{remedy}"
     )
 
 

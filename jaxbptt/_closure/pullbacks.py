@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxbptt._arrays import like
+from jaxbptt._arrays import struct_like
 from jaxbptt._closure.residuals import Residuals
 from jaxbptt._jaxprs.evaluate import ZERO, Value, drop, in_one_piece, prune
 from jaxbptt._jaxprs.zeros import remaining
@@ -52,7 +52,7 @@ def trace_pulls(
         parts: the window of each of them, or nothing where they have one.
     """
     n, pull = len(residuals.avals), in_one_piece(pull)
-    cts = [like(v.aval) for v in pull.jaxpr.invars[residuals.count :]]
+    cts = [struct_like(v.aval) for v in pull.jaxpr.invars[residuals.count :]]
 
     def program(with_y: bool, over: Sequence[bool]) -> Pull:
         zero: list[bool] = []

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxbptt._arrays import like, size_in_bytes
+from jaxbptt._arrays import size_in_bytes, struct_like
 from jaxbptt._jaxprs.evaluate import UNKNOWN, bind, drop, interpret, known_rule, prune, variables
 
 # Elementwise, of a handful of instructions, or moving no data at all.
@@ -77,7 +77,7 @@ class Residuals:
                 env[id(eqn.outvars[0])] = bind(eqn, args)[0]
             return [env[id(v)] for v in residuals]
 
-        avals = [like(v.aval) for v in given]
+        avals = [struct_like(v.aval) for v in given]
         spared = size_in_bytes(v.aval for v in others) - size_in_bytes(v.aval for v in kept)
         return cls(len(residuals), recorded, fixed, derive, avals, every, spared)
 
@@ -97,7 +97,7 @@ def _trace_derive(
         known[:] = [v is not UNKNOWN for v in values]
         return drop(values, values)
 
-    closed = jax.make_jaxpr(derive)(*(like(v.aval) for v in inputs[:n_weights]))
+    closed = jax.make_jaxpr(derive)(*(struct_like(v.aval) for v in inputs[:n_weights]))
     return prune(closed), known
 
 

@@ -6,7 +6,7 @@ import jax
 from jax.extend import core
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._jaxprs.evaluate import is_reference
 from jaxbptt._types import PyTree, StepFn, TreeType, type_of
 
@@ -37,7 +37,7 @@ def trace_step(
                 y, "y as a pair (y, aux), as has_aux=True says", "Return (carry, (y, aux))."
             )
             y, aux = y
-        new_carry = canonical(new_carry, "carry", returned=True)
+        new_carry = as_strong_arrays(new_carry, "carry", blame="step")
         _errors.same_type(
             "step must return a carry of the type it was given",
             "carry",
@@ -48,8 +48,8 @@ def trace_step(
             words=("in", "out"),
             error=TypeError,
         )
-        y = canonical(y, "y", returned=True)
-        return new_carry, y, canonical(aux, "aux", returned=True)
+        y = as_strong_arrays(y, "y", blame="step")
+        return new_carry, y, as_strong_arrays(aux, "aux", blame="step")
 
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
     for v in filter(is_reference, closed.jaxpr.constvars):

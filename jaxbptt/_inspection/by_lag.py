@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._closure.closure import Mask, fill
-from jaxbptt._transforms import tape as _tape
-from jaxbptt._transforms.call import given_window
 from jaxbptt._transforms.cotangents import with_float0
-from jaxbptt._transforms.record import Recorder
-from jaxbptt._transforms.tape import Tape
-from jaxbptt._transforms.window_vjp import by_lag, padded
+from jaxbptt._transforms.record import Recorder, closure_for
+from jaxbptt._transforms.tape import Tape, x_struct
+from jaxbptt._transforms.window_vjp import by_lag, given_window, padded
 from jaxbptt._types import PyTree
 
 
@@ -93,8 +91,8 @@ def gradient_by_lag(
     if not isinstance(recorder, Recorder):
         raise _errors.not_a_recorder(recorder)
     _errors.is_tape(tape, Tape)
-    params, x = canonical(params, "params"), _tape.some_x(tape)
-    closure, tape = recorder._resume(params, tape, x)
+    params, x = as_strong_arrays(params, "params"), x_struct(tape)
+    closure, tape = closure_for(recorder, params, tape, x)
     window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
     found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)
     unreached = closure.window - window.steps

@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._inspection import check_report as words
 from jaxbptt._inspection.check_compare import compare
 from jaxbptt._inspection.check_report import Finding, Report
@@ -98,7 +98,8 @@ def _arguments(
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance must be a positive number or None, but got {tolerance!r}.")
     params, carry, xs = (
-        canonical(tree, name) for tree, name in ((params, "params"), (carry, "carry"), (xs, "xs"))
+        as_strong_arrays(tree, name)
+        for tree, name in ((params, "params"), (carry, "carry"), (xs, "xs"))
     )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, carry, xs))):
         raise ValueError(
@@ -117,8 +118,8 @@ def _arguments(
 def _without_aux(step: Callable, has_aux: bool) -> Callable:
     def plain(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         carry, y = step(params, carry, x)
-        carry, y = canonical(carry, "carry", returned=True), y[0] if has_aux else y
-        return carry, canonical(y, "y", returned=True)
+        carry, y = as_strong_arrays(carry, "carry", blame="step"), y[0] if has_aux else y
+        return carry, as_strong_arrays(y, "y", blame="step")
 
     return plain
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._inspection.by_lag import ByLag
 from jaxbptt._types import PyTree, leaf_type
 
@@ -230,7 +230,7 @@ def _checked(lags: Any) -> ByLag:
             f"lags must be what gradient_by_lag returned, but got a {type(lags).__name__}. "
             "Call jaxbptt.gradient_by_lag(rec, params, tape, ct_ys)."
         )
-    lags = canonical(lags, "lags")
+    lags = as_strong_arrays(lags, "lags")
     kinds = {f"lags{keystr(p)}": leaf_type(v) for p, v in tree_flatten_with_path(lags)[0]}
     for path, kind in kinds.items():
         first = next(iter(kinds.values())).shape[:1]

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxbptt._arrays import canonical, size_in_bytes
+from jaxbptt._arrays import as_strong_arrays, size_in_bytes
 from jaxbptt._closure import step as _step
 from jaxbptt._closure.closure import Closure
-from jaxbptt._transforms.record import Recorder, record
+from jaxbptt._transforms.record import Recorder, record, trace_recorder
 from jaxbptt._types import LeafType, PyTree, StepFn, leaf_type
 
 _PLACES = ("ring", "parameters", "made again")
@@ -131,9 +131,9 @@ def tabulate(
     """
     recorder = record(step, window=window, weights=weights, has_aux=has_aux)
     trees = {"params": params, "carry": carry, "x": x}
-    given = {name: canonical(tree, name, structs=True) for name, tree in trees.items()}
+    given = {name: as_strong_arrays(tree, name, structs=True) for name, tree in trees.items()}
     nbytes = jax.eval_shape(recorder.init, *given.values()).nbytes
-    closure = recorder._trace(*given.values())
+    closure = trace_recorder(recorder, *given.values())
     rows = _rows(closure, _with_lines(closure, recorder, given), given)
     policies = [p for name in _POLICIES.split() for p in _measured(recorder, name, closure, given)]
     return Table(rows, nbytes, policies, _suggestion(_ring_bytes(closure), policies))
@@ -210,7 +210,7 @@ def _measured(
     policy = getattr(jax.checkpoint_policies, name)
     step = jax.checkpoint(lambda *args: recorder.step(*args), policy=policy)
     try:
-        closure = dataclasses.replace(recorder, step=step)._trace(*given.values())
+        closure = trace_recorder(dataclasses.replace(recorder, step=step), *given.values())
     except (NotImplementedError, TypeError):  # JAX can't: ordered effects, complex values
         return []
     again = _products(closure.programs["pull"]) - _products(plain.programs["pull"])

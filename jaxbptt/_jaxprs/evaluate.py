@@ -14,7 +14,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from jaxbptt._arrays import like
+from jaxbptt._arrays import struct_like
 from jaxbptt._compat import lax_scan
 
 
@@ -103,7 +103,7 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
         return core.jaxpr_as_fun(closed)(*args)
 
     whole.__name__ = _WHOLE
-    return jax.make_jaxpr(jax.jit(whole))(*(like(v.aval) for v in closed.jaxpr.invars))
+    return jax.make_jaxpr(jax.jit(whole))(*(struct_like(v.aval) for v in closed.jaxpr.invars))
 
 
 def _has_references(jaxpr: core.Jaxpr) -> bool:

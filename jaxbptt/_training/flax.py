@@ -180,7 +180,7 @@ def _check_module(module: Any, library: str, kwargs: dict[str, Any]) -> Any:
     if not isinstance(module, flax.Module):
         came = f"the class {module.__name__}" if isinstance(module, type) else None
         raise ValueError(
-            f"module must be a flax.{library}.Module, but got {came or _errors._kind(module)}. "
+            f"module must be a flax.{library}.Module, but got {came or _errors.describe(module)}. "
             "Pass an instance; from_linen is for flax.linen, from_nnx for flax.nnx."
         )
     signature = inspect.signature(type(module).__call__)

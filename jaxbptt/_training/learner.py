@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._closure.closure import pick
 from jaxbptt._closure.step import own_containers
 from jaxbptt._compat import lax_scan
@@ -51,8 +51,8 @@ class Learner:
             ValueError: `params` or `carry` is a tape, or a leaf isn't an array.
         """
         tape = self.recorder.init(params, carry, x)
-        params = jax.tree.map(jnp.copy, canonical(params, "params"))
-        x = canonical(x, "x", structs=True)
+        params = jax.tree.map(jnp.copy, as_strong_arrays(params, "params"))
+        x = as_strong_arrays(x, "x", structs=True)
         _, y, loss, _ = jax.eval_shape(self._plainly, params, tape.carry, x)
         pending = None
         if self.recorder.every > 1:
@@ -85,7 +85,7 @@ class Learner:
             and one step of the optimiser.
         """
         check_state(state)
-        x, clears = canonical(x, "x"), self.on_nonfinite == "clear"
+        x, clears = as_strong_arrays(x, "x"), self.on_nonfinite == "clear"
         return _update.update(self.recorder, self.loss, self.optimizer, clears, state, x)
 
     def clear(self, state: LearnerState, carry: PyTree = None) -> LearnerState:
@@ -131,7 +131,7 @@ class Learner:
             return carry, Metrics(loss, aux, jnp.zeros((), bool))
 
         carry = state.tape.carry if carry is None else carry
-        return lax_scan(one, canonical(carry, "carry"), canonical(xs, "xs"))
+        return lax_scan(one, as_strong_arrays(carry, "carry"), as_strong_arrays(xs, "xs"))
 
     def run(
         self,
@@ -191,7 +191,10 @@ class Learner:
     def _plainly(self, params: PyTree, carry: PyTree, x: PyTree) -> tuple:
         """(carry, y, loss, aux) of one step that is not recorded."""
         carry, y = self.recorder.step(*own_containers(params, carry, x))
-        carry, y = canonical(carry, "carry", returned=True), canonical(y, "y", returned=True)
+        carry, y = (
+            as_strong_arrays(carry, "carry", blame="step"),
+            as_strong_arrays(y, "y", blame="step"),
+        )
         return carry, y, *_objective.evaluate(self.loss, y, x)
 
 

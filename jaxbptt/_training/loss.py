@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._closure.closure import Mask, fill, pick
 from jaxbptt._types import PyTree, type_of
 
@@ -38,12 +38,12 @@ def evaluate(loss: Callable, y: PyTree, x: PyTree) -> tuple[jax.Array, PyTree]:
         returned, aux = returned
     alone = jax.tree_util.treedef_is_leaf(jax.tree.structure(returned))
     try:
-        value = canonical(returned, "loss", returned=True) if alone else None
+        value = as_strong_arrays(returned, "loss", blame="step") if alone else None
     except TypeError:  # a message of its own, which knows that it is about the loss
         value = None
     if value is None or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
         raise _not_a_loss(returned)
-    return value, canonical(aux, "aux", returned=True)
+    return value, as_strong_arrays(aux, "aux", blame="step")
 
 
 def judge(loss: Callable, y: PyTree, x: PyTree) -> Judged:
@@ -73,13 +73,13 @@ def not_a_function(loss: Any) -> ValueError:
     """The error for something else where the loss belongs."""
     return ValueError(
         "loss must be a function loss(y, x) -> scalar, or -> (scalar, aux), but got "
-        f"{_errors._kind(loss)}. Pass it uncalled, e.g. lambda y, x: jnp.mean((y - x[1]) ** 2)."
+        f"{_errors.describe(loss)}. Pass it uncalled, e.g. lambda y, x: jnp.mean((y - x[1]) ** 2)."
     )
 
 
 def _not_a_loss(returned: Any) -> TypeError:
     return TypeError(
         "loss must return a floating-point scalar, or a pair (scalar, aux), but as the scalar it "
-        f"returned {_errors._kind(returned)}. Reduce it, e.g. with jnp.mean; several losses: add "
-        "them, and return each of them in aux."
+        f"returned {_errors.describe(returned)}. Reduce it, e.g. with jnp.mean; several losses: "
+        "add them, and return each of them in aux."
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._types import PyTree, TreeType, leaf_type, type_of
 
 OptState: TypeAlias = PyTree
@@ -34,7 +34,7 @@ def check(optimizer: Any) -> None:
             remedy = "Call it, with its learning rate: e.g. optax.adam(1e-3)."
         raise ValueError(
             "optimizer must be an optax.GradientTransformation, with init and update, but got "
-            f"{_errors._kind(optimizer)}. {remedy}"
+            f"{_errors.describe(optimizer)}. {remedy}"
         )
 
 
@@ -47,7 +47,7 @@ def start(optimizer: Optimizer, params: PyTree) -> OptState:
     """The optimiser's first state. It is copied: some keep the parameters themselves."""
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(trainable(params))
-    return jax.tree.map(jnp.copy, canonical(state, "opt_state", returned=True))
+    return jax.tree.map(jnp.copy, as_strong_arrays(state, "opt_state", blame="step"))
 
 
 def advance(
@@ -71,8 +71,8 @@ def advance(
     with jax.numpy_dtype_promotion("standard"):
         changes, new_state = optimizer.update(grads, state, trainable(params), **extra)
         changes, new_state = (
-            canonical(changes, "changes", returned=True),
-            canonical(new_state, "opt_state", returned=True),
+            as_strong_arrays(changes, "changes", blame="step"),
+            as_strong_arrays(new_state, "opt_state", blame="step"),
         )
         _check_changes(grads, changes)
         new_params = _moved(params, changes)

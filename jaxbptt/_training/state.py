@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._arrays import zeros
-from jaxbptt._transforms.tape import Tape
+from jaxbptt._transforms.tape import Tape, phase_of, settings_of
 from jaxbptt._types import LeafType, PyTree
 
 
@@ -49,12 +49,12 @@ class Pending(NamedTuple):
         """With the newest step's ȳ and loss; the first of a group overwrites the last group's."""
         # Steps that a window shorter than the group leaves out go to row 0, until the one
         # that belongs there overwrites them.
-        row = jnp.maximum(tape._phase - 1 - (tape._settings.every - rows_of(tape)), 0)
+        row = jnp.maximum(phase_of(tape) - 1 - (settings_of(tape).every - rows_of(tape)), 0)
         ct_ys = [
             lax.dynamic_update_index_in_dim(stack, ct, row, 0)
             for stack, ct in zip(self.ct_ys, ct_y, strict=True)
         ]
-        return Pending(ct_ys, jnp.where(tape._phase == 1, loss, self.loss + loss))
+        return Pending(ct_ys, jnp.where(phase_of(tape) == 1, loss, self.loss + loss))
 
     def forgotten(self) -> "Pending":
         """The same with nothing in it."""
@@ -81,7 +81,7 @@ class LearnerState(NamedTuple):
 
 def rows_of(tape: Tape) -> int:
     """How many of a group's outputs have a gradient within the window."""
-    return min(tape._settings.every, tape._settings.window)
+    return min(settings_of(tape).every, settings_of(tape).window)
 
 
 def check_state(state: Any) -> None:
@@ -89,5 +89,5 @@ def check_state(state: Any) -> None:
     if not isinstance(state, LearnerState):
         raise ValueError(
             "state must be the LearnerState that init or the last update returned, but got "
-            f"{_errors._kind(state)}. Make one with learner.init(params, carry, x)."
+            f"{_errors.describe(state)}. Make one with learner.init(params, carry, x)."
         )

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._training.state import LearnerState, Metrics
+from jaxbptt._transforms.tape import settings_of
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
 Callback = Callable[[LearnerState, Metrics], Any]
@@ -32,7 +33,7 @@ def run(
 ) -> LearnerState:
     """Runs a whole stream, block by block; see `Learner.run`."""
     _errors.positive_int("block", block)
-    blocks = _Blocks(xs, block, state.tape._settings.x, int(state.step))
+    blocks = _Blocks(xs, block, settings_of(state.tape).x, int(state.step))
     try:
         with _progress_bar(xs, progress) as show:
             steps, stacked = blocks.read()
@@ -92,7 +93,7 @@ class _Blocks:
             f"{when} must be of the type that the tape was made for",
             "x",
             self._kind,
-            type_of(canonical(x, when)),
+            type_of(as_strong_arrays(x, when)),
             "xs must give single inputs, one for each time step. Inputs that are stacked "
             "already go through jax.lax.scan(learner.update, state, xs).",
         )
@@ -117,7 +118,7 @@ def _stacked(leaves: tuple) -> Any:
 def _not_iterable(xs: Any) -> ValueError:
     return ValueError(
         "xs must be an iterable of single inputs, one for each time step, but got "
-        f"{_errors._kind(xs)}. Write a generator that yields them."
+        f"{_errors.describe(xs)}. Write a generator that yields them."
     )
 
 

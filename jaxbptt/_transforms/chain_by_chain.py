@@ -19,7 +19,7 @@ from jaxbptt._jaxprs.blocks import rows
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.window_vjp import Window, dense_weights, densify, window_sums, zero_sums
 from jaxbptt._types import leaf_type
-from jaxbptt._windows import within
+from jaxbptt._windows import reach_of_rows
 
 
 def is_needed(closure: Closure, groups: Groups) -> bool:
@@ -105,7 +105,7 @@ class _Run:
         """The sums with what the group of so many outputs sends back that ends at step `end`."""
         every, length = self.groups.every, self.groups.length
         windows = self.groups.window, *self.groups.parts
-        steps, *parts = (min(within(w, outputs, every), length) for w in windows)
+        steps, *parts = (min(reach_of_rows(w, outputs, every), length) for w in windows)
         count = min(outputs, steps)
         newest = length - end if self.reverse else end - 1  # its row
 
@@ -118,7 +118,7 @@ class _Run:
         ct = window_sums(self.closure, window, ct_carry, ct_ys, count, keep_xs=True)
         # λ goes on into init where it was not cut before the first step.
         of_leaves = self.groups.parts or (self.groups.window,) * len(ct.carry)
-        reached = [end <= within(w, outputs, every) for w in of_leaves]
+        reached = [end <= reach_of_rows(w, outputs, every) for w in of_leaves]
         into_init = [where_or_zero(r, lam) for r, lam in zip(reached, ct.carry, strict=True)]
         start = newest if self.reverse else newest + 1 - steps + self.padding
         xs = [v if self.reverse else jnp.flip(v, 0) for v in ct.xs]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical, zeros
+from jaxbptt._arrays import as_strong_arrays, zeros
 from jaxbptt._closure.closure import Closure, Mask, fill, pick
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
@@ -35,7 +35,7 @@ class Cotangents(NamedTuple):
 
 def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list]:
     """How many steps `ct_ys` is for, and its differentiable leaves, each (rows, *y.shape)."""
-    ct_ys = canonical(ct_ys, "ct_ys")
+    ct_ys = as_strong_arrays(ct_ys, "ct_ys")
     rows = _errors.rows_of(type_of(ct_ys), window)
     y = type_of(closure.outputs.tree()[1])
     return rows, _checked(y, ct_ys, "ct_ys", "of y, with an axis over steps in front", (rows,))
@@ -45,7 +45,7 @@ def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
     """The differentiable leaves of `ct_carry`, which may be None for zero."""
     if ct_carry is None:
         return [zeros(kind) for kind in closure.cotangents["carry"]]
-    ct_carry = canonical(ct_carry, "ct_carry")
+    ct_carry = as_strong_arrays(ct_carry, "ct_carry")
     return _checked(type_of(carry), ct_carry, "ct_carry", "of the carry")
 
 

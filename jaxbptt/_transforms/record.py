@@ -1,21 +1,42 @@
 """`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
-from jaxbptt._closure.closure import Closure, trace
+from jaxbptt._arrays import as_strong_arrays, zeros
+from jaxbptt._closure.closure import Closure, fill, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
-from jaxbptt._transforms import tape as _tape
-from jaxbptt._transforms.call import call, given_window
 from jaxbptt._transforms.cotangents import Cotangents, with_float0
-from jaxbptt._transforms.tape import Settings, Tape
-from jaxbptt._transforms.window_vjp import padded, pull_window
+from jaxbptt._transforms.tape import (
+    Settings,
+    Tape,
+    blank,
+    cleared,
+    is_blank,
+    is_due,
+    layout,
+    push,
+    settings_of,
+    x_struct,
+)
+from jaxbptt._transforms.window_vjp import (
+    given_window,
+    padded,
+    pull_newest_x,
+    pull_window,
+    tape_window,
+)
 from jaxbptt._types import LeafType, PyTree, StepFn, type_of
 from jaxbptt._windows import Windows
+
+Leaves = dict[str, list]  # leaves by group
+
+_GROUPS = ("hoisted", "params", "x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +76,13 @@ class Recorder:
         """
         for name, value in (("params", params), ("carry", carry), ("x", x)):
             _errors.no_tape(name, value, Tape)
-        params, x = canonical(params, "params", structs=True), canonical(x, "x", structs=True)
-        carry = jax.tree.map(jnp.copy, canonical(carry, "carry"))
-        closure = self._trace(params, carry, x)
-        return self._blank(closure, params, carry, x)
+        params, x = (
+            as_strong_arrays(params, "params", structs=True),
+            as_strong_arrays(x, "x", structs=True),
+        )
+        carry = jax.tree.map(jnp.copy, as_strong_arrays(carry, "carry"))
+        closure = trace_recorder(self, params, carry, x)
+        return _blank_tape(self, closure, params, carry, x)
 
     def __call__(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
         """Runs one step and records it.
@@ -87,9 +111,9 @@ class Recorder:
         _errors.is_tape(tape, Tape)
         _errors.no_tape("params", params, Tape)
         _errors.no_tape("x", x, Tape)
-        params, x = canonical(params, "params"), canonical(x, "x")
-        closure, tape = self._resume(params, tape, x)
-        tape, y, aux = call(closure, tape, params, x)
+        params, x = as_strong_arrays(params, "params"), as_strong_arrays(x, "x")
+        closure, tape = closure_for(self, params, tape, x)
+        tape, y, aux = _call(closure, tape, params, x)
         return tape, (y, aux) if self.has_aux else y
 
     def pullback(
@@ -121,8 +145,8 @@ class Recorder:
             `window` pullbacks of the step.
         """
         _errors.is_tape(tape, Tape)
-        params, x = canonical(params, "params"), _tape.some_x(tape)
-        closure, tape = self._resume(params, tape, x)
+        params, x = as_strong_arrays(params, "params"), x_struct(tape)
+        closure, tape = closure_for(self, params, tape, x)
         window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
         ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
         xs = [jnp.flip(padded(v, closure.window - window.steps), 0) for v in ct.xs]
@@ -135,57 +159,12 @@ class Recorder:
     def due(self, tape: Tape) -> jax.Array:
         """Whether the newest step on the tape ends a group of `every` steps (bool scalar)."""
         _errors.is_tape(tape, Tape)
-        return _tape.due(tape)
+        return is_due(tape)
 
     def clear(self, tape: Tape) -> Tape:
         """Forgets the recorded steps and keeps the carry; the next step starts a new group."""
         _errors.is_tape(tape, Tape)
-        return _tape.clear(tape)
-
-    def _trace(self, params: PyTree, carry: PyTree, x: PyTree) -> Closure:
-        return trace(
-            self.step,
-            params,
-            carry,
-            x,
-            stored=self.weights == "stored",
-            has_aux=self.has_aux,
-            windows=self.windows,
-        )
-
-    def _blank(self, closure: Closure, params: PyTree, carry: PyTree, x: PyTree) -> Tape:
-        types = type_of(params), type_of(carry), type_of(x)
-        settings = Settings(
-            closure.window, self.windows, self.every, self.weights, *types, program_hash(closure)
-        )
-        return _tape.blank(carry, self._slot(closure, carry, x), settings)
-
-    def _resume(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Closure, Tape]:
-        """The closure of the step on this tape, or a refusal before anything runs.
-
-        Where nothing is recorded yet the tape need not be of this step: it is made anew.
-        """
-        made = tape._settings
-        for name in ("windows", "every", "weights"):
-            if getattr(made, name) != getattr(self, name):
-                raise _errors.other_setting(name, getattr(self, name), getattr(made, name))
-        remedy = "Pass what init was given, or make a tape with init for the new shapes."
-        given = {"params": params, "tape.carry": tape.carry, "x": x}
-        for name, kind in (("params", made.params), ("tape.carry", made.carry), ("x", made.x)):
-            lead = f"{name} must be of the type that the tape was made for"
-            _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
-        closure = self._trace(params, tape.carry, x)
-        slot, came = self._slot(closure, tape.carry, x), _tape.layout(tape)
-        if slot == came and made.step == program_hash(closure):
-            return closure, tape
-        if _tape.is_blank(tape):
-            return closure, self._blank(closure, params, tape.carry, x)
-        if slot != came:
-            raise _errors.other_residuals(slot, came)
-        raise _errors.other_step()
-
-    def _slot(self, closure: Closure, carry: PyTree, x: PyTree) -> tuple[LeafType, ...]:
-        return type_of((carry, x)).leaves if self.weights == "replayed" else closure.slot
+        return cleared(tape)
 
 
 def record(
@@ -257,3 +236,157 @@ def record(
     _errors.one_of("weights", weights, ("stored", "current", "replayed"))
     every = min(int(every), 2**31 - 1)  # a group that long never ends, nor does its counter wrap
     return Recorder(step, windows, every, weights, bool(has_aux))
+
+
+# ------------------------------------------------------------ a recorder's step and tape
+
+
+def trace_recorder(recorder: Recorder, params: PyTree, carry: PyTree, x: PyTree) -> Closure:
+    """The closure of a recorder's step."""
+    return trace(
+        recorder.step,
+        params,
+        carry,
+        x,
+        stored=recorder.weights == "stored",
+        has_aux=recorder.has_aux,
+        windows=recorder.windows,
+    )
+
+
+def slot_types(
+    recorder: Recorder, closure: Closure, carry: PyTree, x: PyTree
+) -> tuple[LeafType, ...]:
+    """The types of what one step leaves on the ring."""
+    return type_of((carry, x)).leaves if recorder.weights == "replayed" else closure.slot
+
+
+def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tuple[Closure, Tape]:
+    """The closure of the step on this tape, or a refusal before anything runs.
+
+    Where nothing is recorded yet the tape need not be of this step: it is made anew.
+    """
+    made = settings_of(tape)
+    for name in ("windows", "every", "weights"):
+        if getattr(made, name) != getattr(recorder, name):
+            raise _errors.other_setting(name, getattr(recorder, name), getattr(made, name))
+    remedy = "Pass what init was given, or make a tape with init for the new shapes."
+    given = {"params": params, "tape.carry": tape.carry, "x": x}
+    for name, kind in (("params", made.params), ("tape.carry", made.carry), ("x", made.x)):
+        lead = f"{name} must be of the type that the tape was made for"
+        _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
+    closure = trace_recorder(recorder, params, tape.carry, x)
+    slot, came = slot_types(recorder, closure, tape.carry, x), layout(tape)
+    if slot == came and made.step == program_hash(closure):
+        return closure, tape
+    if is_blank(tape):
+        return closure, _blank_tape(recorder, closure, params, tape.carry, x)
+    if slot != came:
+        raise _errors.other_residuals(slot, came)
+    raise _errors.other_step()
+
+
+def _blank_tape(
+    recorder: Recorder, closure: Closure, params: PyTree, carry: PyTree, x: PyTree
+) -> Tape:
+    settings = Settings(
+        closure.window,
+        recorder.windows,
+        recorder.every,
+        recorder.weights,
+        *(type_of(params), type_of(carry), type_of(x)),
+        program_hash(closure),
+    )
+    return blank(carry, slot_types(recorder, closure, carry, x), settings)
+
+
+def record_step(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
+    """A call of the recorder without its own rule for derivatives.
+
+    That rule would give an outer derivative the truncated gradient, and nothing for the tape.
+    """
+    params = as_strong_arrays(params, "params")
+    closure, tape = closure_for(recorder, params, tape, x)
+    leaves = [jax.tree.leaves(tree) for tree in (params, tape.carry, x)]
+    (carry, y, _), residuals, _ = closure.forward(*leaves)
+    if recorder.weights == "replayed":
+        residuals = [*leaves[1], *leaves[2]]
+    return push(tape, carry, residuals), y
+
+
+# ------------------------------------------------------------ one call and its reverse mode
+
+
+def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape, PyTree, PyTree]:
+    """Runs the step and records it; returns (new tape, y, aux).
+
+    Every array is an argument of the `custom_vjp`, what the step closes over included:
+    a tracer that is only closed over would get no gradient, or outlive its trace.
+    """
+    groups = {"hoisted": closure.consts["hoisted"]}
+    groups |= {"params": jax.tree.leaves(params), "x": jax.tree.leaves(x)}
+    masks = closure.masks
+    moving = {name: pick(masks[name], leaves) for name, leaves in groups.items()}
+    still = {name: pick(masks[name], leaves, False) for name, leaves in groups.items()}
+    every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
+    programs = {name: value for name, value in closure.consts.items() if name != "hoisted"}
+    closure = closure.bind({})  # what the rules close over outlives this trace: no array of it
+
+    def run(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, list]:
+        args = {name: fill(masks[name], moving[name], still[name]) for name in moving}
+        bound = closure.bind(consts | {"hoisted": args["hoisted"]})
+        carry_leaves = jax.tree.leaves(tape.carry)
+        (carry, y, aux), recorded, fixed = bound.forward(args["params"], carry_leaves, args["x"])
+        recorded = [*carry_leaves, *args["x"]] if replays else recorded
+        return (push(tape, carry, recorded), y, aux), fixed
+
+    @jax.custom_vjp
+    def recorded_step(*args: Any) -> Any:
+        return run(*args)[0]
+
+    def forward(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, Any]:
+        y = type_of(closure.outputs.tree()[1])
+        if every > 1 and not (len(y.leaves) == 1 and _is_scalar(y.leaves[0])):
+            raise _errors.loss_not_scalar(y, every)
+        outs, fixed = run(moving, still, tape, consts)
+        again = (moving, still) if replays else None  # the parameters to run the window with
+        return outs, (outs[0], fixed, consts, again)
+
+    def backward(saved: Any, cts: Any) -> tuple[Leaves, None, None, None]:
+        tape, fixed, consts, again = saved
+        ct_tape, ct_y, _ = cts
+        ct_carry = pick(masks["carry"], jax.tree.leaves(ct_tape.carry))
+        ct_y = pick(masks["y"], jax.tree.leaves(ct_y))
+        params = []
+        if again:
+            args = [fill(masks[g], again[0][g], again[1][g]) for g in ("hoisted", "params")]
+            consts, params = consts | {"hoisted": args[0]}, args[1]
+        bound = closure.bind(consts)
+        return _pull_group(bound, tape, params, fixed, ct_carry, ct_y), None, None, None
+
+    recorded_step.defvjp(forward, backward)
+    return recorded_step(moving, still, tape, programs)
+
+
+def _pull_group(
+    closure: Closure, tape: Tape, params: list, fixed: list, ct_carry: list, ct_y: list
+) -> dict[str, list]:
+    """Cotangents of hoisted, params and x for the group that the newest step ends, or zeros."""
+    every = settings_of(tape).every
+    rows = min(every, closure.window)
+
+    def back() -> dict[str, list]:
+        window = tape_window(closure, tape, params, fixed, rows)
+        ct_ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in ct_y]
+        ct = pull_window(closure, window, ct_carry, ct_ys, rows, keep_xs=False)
+        x = pull_newest_x(closure, window, ct_carry, ct_y)
+        return closure.by_group(ct.weights) | {"x": x}
+
+    if every == 1:
+        return back()
+    nothing = {group: [zeros(k) for k in closure.cotangents[group]] for group in _GROUPS}
+    return lax.cond(is_due(tape), back, lambda: nothing)
+
+
+def _is_scalar(leaf: Any) -> bool:
+    return leaf.shape == () and leaf.differentiable

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical
+from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type, type_of
 
 
@@ -80,7 +80,10 @@ def with_resets(step: StepFn, initial_carry: PyTree | Callable[[PyTree], PyTree]
     def resetting_step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         x, is_first = _pair(x)
         initial = initial_carry(params) if callable(initial_carry) else initial_carry
-        initial, carry = canonical(initial, "initial_carry"), canonical(carry, "carry")
+        initial, carry = (
+            as_strong_arrays(initial, "initial_carry"),
+            as_strong_arrays(carry, "carry"),
+        )
         _check_types(type_of(initial), type_of(carry), leaf_type(is_first))
         select = functools.partial(_select, is_first)
         return step(params, jax.tree.map(select, initial, carry), x)
@@ -106,7 +109,7 @@ def _pair(inputs: PyTree) -> tuple[PyTree, jax.Array]:
         )
     x, is_first = inputs
     one_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(is_first))
-    flags = canonical(is_first, "is_first") if one_leaf else None
+    flags = as_strong_arrays(is_first, "is_first") if one_leaf else None
     if flags is None or flags.dtype != jnp.bool:
         raise ValueError(
             "is_first must be a bool array, True where a sequence starts, but got "

@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt import _errors
-from jaxbptt._arrays import like
+from jaxbptt._arrays import struct_like
 from jaxbptt._closure.closure import Closure, differentiable, fill, pick, trace
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.evaluate import bind, is_reference, scan_counts
@@ -165,7 +165,7 @@ def _truncated(
         outs = core.jaxpr_as_fun(body)(*consts, *carry, *x)
         return outs[:n_carry], outs[n_carry:]
 
-    leaves = [like(v.aval) for v in body.jaxpr.invars[n_consts:]]
+    leaves = [struct_like(v.aval) for v in body.jaxpr.invars[n_consts:]]
     carry, x = leaves[:n_carry], leaves[n_carry:]
     most = max(length, 1) + every - 1  # there are no more steps to reach
     steps = [min(w, most) for w in windows.steps] if windows else [most]

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from jaxbptt import _errors
-from jaxbptt._arrays import canonical, stand_in, zeros
+from jaxbptt._arrays import as_strong_arrays, structs_of, zeros
 from jaxbptt._types import LeafType, PyTree, TreeType, leaf_type, type_of
 from jaxbptt._windows import Windows
 
@@ -71,7 +71,7 @@ class Tape:
             ValueError: `carry` is not of the type of the carry on the tape.
         """
         _errors.no_tape("carry", carry, Tape)
-        carry = canonical(carry, "carry")
+        carry = as_strong_arrays(carry, "carry")
         _errors.same_type(
             "carry must be of the type of the carry on the tape",
             "carry",
@@ -102,7 +102,7 @@ def is_blank(tape: Tape) -> bool:
     return not isinstance(tape.length, jax.core.Tracer) and not tape.length.any()
 
 
-def clear(tape: Tape) -> Tape:
+def cleared(tape: Tape) -> Tape:
     """Nothing recorded, the carry kept. The ring is zeroed: residuals may hold a NaN."""
     return dataclasses.replace(
         tape,
@@ -149,16 +149,17 @@ def _spec(sharding: Any) -> str:
     return "no sharding" if sharding is None else f"sharding {sharding.spec}"
 
 
-def reader(ring: Sequence[jax.Array], head: Any, length: Any) -> Callable[[Any], list[jax.Array]]:
+def reader(tape: Tape) -> Callable[[Any], list[jax.Array]]:
     """A function from lag (0 is the newest step) to that step's residuals.
 
     Beyond what is recorded it gives the oldest step again, never an unwritten slot:
     its values are masked, but masking can't undo a NaN in a derivative.
     """
+    ring = tape._ring
     window = ring[0].shape[0] if ring else 1
 
     def read(lag: Any) -> list[jax.Array]:
-        slot = (head - jnp.clip(lag, 0, jnp.maximum(length - 1, 0))) % window
+        slot = (tape._head - jnp.clip(lag, 0, jnp.maximum(tape.length - 1, 0))) % window
         return _exactly([lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring])
 
     return read
@@ -179,7 +180,7 @@ def _exactly(leaves: list[jax.Array]) -> list[jax.Array]:
     return lax.platform_dependent(*leaves, tpu=times_one, default=lambda *leaves: list(leaves))
 
 
-def some_x(tape: Tape) -> PyTree:
+def x_struct(tape: Tape) -> PyTree:
     """Something of x's type to trace with.
 
     It lies over the Explicit axes that the tape lies over now: a tape may have been brought
@@ -194,7 +195,7 @@ def some_x(tape: Tape) -> PyTree:
         return dataclasses.replace(kind, sharding=NamedSharding(mesh, kind.sharding.spec))
 
     x = tape._settings.x
-    return stand_in(dataclasses.replace(x, leaves=tuple(map(laid, x.leaves))))
+    return structs_of(dataclasses.replace(x, leaves=tuple(map(laid, x.leaves))))
 
 
 def layout(tape: Tape) -> tuple[LeafType, ...]:
@@ -202,6 +203,36 @@ def layout(tape: Tape) -> tuple[LeafType, ...]:
     return tuple(dataclasses.replace(leaf_type(leaf), shape=leaf.shape[1:]) for leaf in tape._ring)
 
 
-def due(tape: Tape) -> jax.Array:
+def settings_of(tape: Tape) -> Settings:
+    """What a tape is for."""
+    return tape._settings
+
+
+def phase_of(tape: Tape) -> jax.Array:
+    """How many steps of the current group of `every` are recorded, the newest included."""
+    return tape._phase
+
+
+def keep_or_roll_back(keep: Any, tape: Tape, before: Tape) -> Tape:
+    """The tape where `keep` holds, else the carry of the tape before it, with nothing recorded.
+
+    Only the counters are put back. Zeroing the ring as `clear` does would copy it at every
+    step; what is in its slots is overwritten before it is read, pending cotangents too.
+    """
+
+    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(keep, new, old)
+
+    nothing = jnp.zeros((), jnp.int32)
+    return dataclasses.replace(
+        tape,
+        carry=jax.tree.map(kept, tape.carry, before.carry),
+        length=kept(tape.length, nothing),
+        _head=kept(tape._head, nothing),
+        _phase=kept(tape._phase, nothing),
+    )
+
+
+def is_due(tape: Tape) -> jax.Array:
     """Whether the newest step ends a group of `every`."""
     return tape._phase == tape._settings.every

@@ -23,6 +23,10 @@ from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.blocks import rows as rows_at
 from jaxbptt._jaxprs.evaluate import ZERO, Value
 from jaxbptt._jaxprs.stacks import scan_stacking
+from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
+from jaxbptt._transforms.tape import Tape, reader, settings_of
+from jaxbptt._types import PyTree
+from jaxbptt._windows import reach_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +262,29 @@ def densify(values: list, kinds: list) -> list:
 
 def _dense(value: Value, kind: Any) -> jax.Array:
     return zeros(kind) if value is ZERO else value
+
+
+# ------------------------------------------------------------ what of a tape a cotangent meets
+
+
+def tape_window(closure: Closure, tape: Tape, params: list, fixed: list, rows: int) -> Window:
+    """What the last `rows` outputs of a group reach of a tape, as far as it is recorded."""
+    every = settings_of(tape).every
+    steps, *parts = (reach_of_rows(w, rows, every) for w in (closure.window, *closure.parts))
+    read = reader(tape)
+    if settings_of(tape).weights == "replayed":
+        read = replayed(closure, params, read, settings_of(tape).window, tape.length)
+    return Window(read, fixed, steps, jnp.minimum(tape.length, steps), tuple(parts))
+
+
+def given_window(
+    closure: Closure, tape: Tape, params: PyTree, ct_ys: PyTree, ct_carry: PyTree
+) -> tuple[Window, list, list, int]:
+    """What checked cotangents from outside reach; c̄, ȳ by leaf, and the rows of ȳ."""
+    rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
+    lam = given_ct_carry(closure, tape.carry, ct_carry)
+    leaves = jax.tree.leaves(params)
+    return tape_window(closure, tape, leaves, closure.derive(leaves), rows), lam, ct_ys, rows
 
 
 # ------------------------------------------------------------ the window run again

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbptt
 from jaxbptt._closure.fingerprint import fingerprint
+from jaxbptt._transforms.record import trace_recorder
 
 ROOT = Path(jaxbptt.__file__).parents[1]
 NAMES = [
@@ -31,7 +32,7 @@ def of(step, params=ONE, carry=ONE, x=ONE, **options):
     """The fingerprint of a step on arguments of these types."""
     rec = jaxbptt.record(step, **({"window": 3} | options))
     params, carry, x = jax.tree.map(jnp.asarray, (params, carry, x))
-    return fingerprint(rec._trace(params, carry, x))
+    return fingerprint(trace_recorder(rec, params, carry, x))
 
 
 def of_zoo(names):

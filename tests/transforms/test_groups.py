@@ -9,7 +9,7 @@ import pytest
 import jaxbptt
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._types import type_of
-from jaxbptt._windows import Windows, within
+from jaxbptt._windows import Windows, reach_of_rows
 
 # Steps and ages of one shape for all cases, so that each operation is compiled once.
 LONGEST = 10
@@ -194,7 +194,7 @@ def test_the_last_rows_of_a_group_reach_what_the_definition_says():
     for window, every in itertools.product(range(1, 11), repeat=2):
         for rows in range(1, window + 1):
             oldest = reach(newest - rows + 1, newest, window, every)
-            assert within(window, rows, every) == newest - oldest + 1, (window, rows, every)
+            assert reach_of_rows(window, rows, every) == newest - oldest + 1, (window, rows, every)
 
 
 # ----------------------------------------------------------------- windows
