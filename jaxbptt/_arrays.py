@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
+from jaxbptt._compat import as_varying
 from jaxbptt._types import PyTree, TreeType, leaf_type
 
 
@@ -83,11 +84,25 @@ def filled(aval: Any, number: int) -> jax.Array:
     axes = tuple(sorted(kind.varying))
     if not axes:
         return array
-    if hasattr(lax, "pcast"):
-        return lax.pcast(array, axes, to="varying")
-    return getattr(lax, "pvary")(array, axes)  # noqa: B009  its name before JAX 0.8
+    return as_varying(array, axes)
 
 
 def size_in_bytes(arrays: Iterable) -> int:
     """The bytes of arrays or abstract values."""
     return sum(v.size * v.dtype.itemsize for v in arrays)
+
+
+def where_or_zero(live: Any, value: jax.Array) -> jax.Array:
+    """The value where `live`, else zeros."""
+    return value if live is True else jnp.where(live, value, jnp.zeros((), value.dtype))
+
+
+def is_half_precision(dtype: Any) -> bool:
+    """Whether it is a floating-point type of fewer than 32 bits."""
+    return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32)
+
+
+def widened(value: Any) -> Any:
+    """The value in the type to add up in: float32 for the half precisions."""
+    narrow = hasattr(value, "dtype") and is_half_precision(value.dtype)
+    return lax.convert_element_type(value, jnp.float32) if narrow else value

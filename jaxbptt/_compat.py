@@ -1,9 +1,45 @@
-"""`lax.scan` as it was when the library was imported.
+"""What differs between the releases of JAX, and `lax.scan` as it was at import."""
 
-A library that one can't edit is tried with `jax.lax.scan = partial(jaxbptt.scan, window=None)`.
-Our own loops must not go through what has been put there.
-"""
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 from jax import lax
+from jax.extend import core
 
+# A library that one can't edit is tried with `jax.lax.scan = partial(jaxbptt.scan, window=None)`.
+# Our own loops must not go through what has been put there.
 lax_scan = lax.scan
+
+
+def varying(aval: Any) -> frozenset:
+    """The mesh axes over which an abstract value varies inside `shard_map`."""
+    manual = getattr(aval, "manual_axis_type", None)  # JAX 0.10 on; before, it was called vma
+    return manual.varying if manual else getattr(aval, "vma", None) or frozenset()
+
+
+def as_varying(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """An array that is the same along mesh axes, as one that may vary along them."""
+    if hasattr(lax, "pcast"):
+        return lax.pcast(array, axes, to="varying")
+    return getattr(lax, "pvary")(array, axes)  # noqa: B009  its name before JAX 0.8
+
+
+def bind_params(eqn: core.JaxprEqn) -> tuple[Sequence, dict[str, Any]]:
+    """With what an equation's primitive is bound: functions, and parameters by name."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Before JAX 0.10 a pair; the functions have since moved in among the parameters.
+    return params if isinstance(params, tuple) else ((), params)
+
+
+def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """How many consts and how many carries a scan's equation has."""
+    # Since JAX 0.12 the equation doesn't say how many carries and xs it has. Outside
+    # the body an x and a y have one axis more, a carry and a const as many as inside.
+    body = eqn.params["jaxpr"].jaxpr
+    carries = sum(_same_rank(eqn.outvars, body.outvars))
+    return sum(_same_rank(eqn.invars, body.invars)) - carries, carries
+
+
+def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
+    return [a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True)]

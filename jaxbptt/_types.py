@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxbptt._compat import varying
+
 PyTree: TypeAlias = Any
 """Any nesting of containers that JAX knows, with arrays (or None) at the leaves."""
 
@@ -83,9 +85,3 @@ def explicit(aval: Any) -> NamedSharding | None:
     if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     return sharding
-
-
-def varying(aval: Any) -> frozenset:
-    """The mesh axes over which an abstract value varies inside `shard_map`."""
-    manual = getattr(aval, "manual_axis_type", None)  # JAX 0.10 on; before, it was called vma
-    return manual.varying if manual else getattr(aval, "vma", None) or frozenset()

@@ -1,135 +1,161 @@
-"""One step's closure: traced, flattened, split by what it depends on, and rebuilt.
+"""One step's closure: the step traced once, into flat programs.
 
-The only file that knows what `jax.vjp` returns. The closure's treedef holds a
-jaxpr that is compared by identity, so the closure itself can't be carried through
-a loop; its leaves, the residuals, can. A step is therefore traced once into flat
-programs, without calls inside: `forward` is the step with its residuals, `pull` the
-closure applied to residuals (see `_pulls` for its variants), and `derive` the residuals
-that depend on parameters alone.
+The only wing that knows how JAX differentiates a step. What `jax.vjp` returns holds a
+jaxpr that is compared by identity, so that it can't be carried through a loop; its leaves,
+the residuals, can. A step is therefore traced into `forward`, the step with its residuals;
+`derive`, the residuals that depend on parameters alone; and its linearization, of which
+each pullback is a transpose.
 
 Gradients flow through floating and complex leaves only; the others (integers,
 booleans, keys) take part in `forward` and are no part of a pullback.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 from jax.extend import core
 
-from jaxbptt._closure.contract import Split
-from jaxbptt._closure.contraction import split
-from jaxbptt._closure.pullbacks import heavy, trace_pulls
+from jaxbptt._arrays import struct_like
+from jaxbptt._closure.pullbacks import Inputs, Linearization, Mask, Pullback
 from jaxbptt._closure.residuals import Residuals
 from jaxbptt._closure.step import trace_step
-from jaxbptt._jaxprs.evaluate import ZERO, acts, without_calls
-from jaxbptt._jaxprs.linearity import is_linear
+from jaxbptt._jaxprs.evaluate import (
+    Program,
+    has_references,
+    in_one_piece,
+    without_calls,
+)
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type, type_of
 from jaxbptt._windows import Windows
 
-Mask: TypeAlias = tuple[bool, ...]
-Consts: TypeAlias = dict[str, list]
 
-# Groups of input leaves. "hoisted" are the arrays that the step closes over.
-_WEIGHTS = ("hoisted", "params")
-_INPUTS = (*_WEIGHTS, "carry", "x")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """What is known of a traced step without any array.
 
-
-@dataclasses.dataclass(frozen=True)
-class Closure:
-    """A traced step and its pullback, in flat leaves.
-
-    `consts` holds the arrays closed over: "hoisted" by the step (its implicit
-    parameters), and by each program under its name. They may be tracers of an outer
-    transformation, so whoever puts the programs inside a `custom_vjp` passes them as
-    arguments and calls `bind`.
+    Attributes:
+        outputs: the type of (carry, y, aux).
+        followed: of each group of inputs, the leaves that gradients flow through.
+        followed_y: the leaves of y that have a cotangent.
+        window: the longest window of a leaf of λ.
+        parts: the window of each leaf of λ, or nothing where they have one.
+        recorded: the outputs of `forward` that one step leaves on the ring.
+        invariant: those that `derive` gives as well.
+        remade_bytes: bytes of residuals that the pullbacks recompute.
+        linearization: what pullbacks are made of.
+        with_calls: `forward` before its calls were inlined, which knows the user's lines.
     """
 
-    consts: Consts
-    programs: dict[str, core.Jaxpr]
-    outputs: TreeType  # of (carry, y, aux)
-    cotangents: dict[str, list[Any]]  # abstract values of the pullback's outputs, by group
-    masks: dict[str, Mask]  # the differentiable leaves of hoisted, params, carry, x and y
-    recorded: tuple[int, ...]  # outputs of `forward` that go on the ring
-    fixed: tuple[int, ...]  # outputs of `forward` that `derive` gives as well
-    slot: tuple[LeafType, ...]  # what one step leaves on the ring
-    spared: int  # bytes of residuals that the pullbacks make again
-    zero: dict[str, Mask]  # of each pullback, the outputs that are zero and not in its program
-    over: dict[str, Mask]  # of each, the leaves of the carry whose window is over
-    window: int  # the longest window of a leaf of λ
-    parts: tuple[int, ...]  # the window of each leaf of λ, or nothing where they have one
-    asked: Mask  # the differentiable hoisted arrays whose gradient anybody could ask for
-    linear: bool  # whether the pullback is known to be linear in λ and ȳ
+    outputs: TreeType
+    followed: Inputs
+    followed_y: Mask
+    window: int
+    parts: tuple[int, ...]
+    recorded: tuple[int, ...]
+    invariant: tuple[int, ...]
+    remade_bytes: int
+    linearization: Linearization
+    with_calls: core.Jaxpr
 
-    def bind(self, consts: Consts) -> "Closure":
-        """The same closure over other arrays."""
-        return dataclasses.replace(self, consts=consts)
 
-    def explicit_only(self) -> "Closure":
-        """The same closure, its pullbacks leaving out what the step closes over."""
-        return dataclasses.replace(self, asked=(False,) * len(self.asked))
+class Outcome(NamedTuple):
+    """What one step makes."""
 
-    def forward(self, params: list, carry: list, x: list) -> tuple[PyTree, list, list]:
-        """The step: (carry, y, aux), the residuals for the ring, and the fixed ones."""
-        outs = self._run("forward", [*self.consts["hoisted"], *params, *carry, *x])
-        step = self.outputs.treedef.unflatten(outs[: len(self.outputs.leaves)])
-        return step, [outs[i] for i in self.recorded], [outs[i] for i in self.fixed]
+    step: PyTree  # (carry, y, aux)
+    recorded: list  # the residuals for the ring
+    invariant: list  # those that depend on parameters alone
 
-    def derive(self, params: list) -> list:
-        """The fixed residuals, from the parameters alone."""
-        return self._run("derive", [*self.consts["hoisted"], *params])
 
-    def unvaried(self, split: Split, fixed: list) -> list:
-        """The arguments of a divided program that are the same at all lags, None elsewhere."""
-        before, after = self._around_fixed(split.jaxpr)
-        return [None] * before + fixed + [None] * after
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["closed_over", "forward", "derive", "constants"],
+    meta_fields=["layout"],
+)
+@dataclasses.dataclass(frozen=True)
+class Closure:
+    """A traced step and its pullbacks, in flat leaves: a pytree of the arrays they close over.
 
-    def split(
-        self, name: str, wanted: Sequence[str], *, weights: bool = True, effects: bool = True
-    ) -> Split:
-        """A pullback, divided, with these groups wanted at each lag."""
-        jaxpr, zero, over = self.programs[name], self.zero[name], self.over[name]
-        rest = iter(fill(zero, [ZERO] * sum(zero), jaxpr.outvars))
-        of: dict[str, list] = {
-            group: [next(rest) for _ in self.cotangents[group]] for group in _INPUTS
-        }
-        before, after = self._around_fixed(jaxpr)
-        constant = [False] * before + [True] * len(self.fixed) + [False] * after
-        of["carry"] = [ZERO if o else v for v, o in zip(of["carry"], over, strict=True)]
-        of["hoisted"] = [v if m else ZERO for v, m in zip(of["hoisted"], self.asked, strict=True)]
-        summed = [v for group in _WEIGHTS for v in of[group]] if weights else []
-        outs = [v for group in wanted for v in of[group]]
-        return split(jaxpr, constant, summed, outs, effects=effects)
+    These may be tracers of an outer transformation. As a pytree the closure can be an argument or a
+    residual of a `custom_vjp`, so that none of them outlives its trace.
+
+    Attributes:
+        closed_over: arrays that the step closes over, its implicit parameters.
+        forward: the step with its residuals.
+        derive: the invariant residuals, from the parameters alone.
+        constants: arrays that the linearization closes over.
+        layout: all else.
+    """
+
+    closed_over: list
+    forward: Program
+    derive: Program
+    constants: list
+    layout: Layout
+
+    def run(self, params: list, carry: list, x: list) -> Outcome:
+        """Runs the step."""
+        outs = self.forward(*self.closed_over, *params, *carry, *x)
+        outputs, recorded, invariant = (
+            self.layout.outputs,
+            self.layout.recorded,
+            self.layout.invariant,
+        )
+        step = outputs.treedef.unflatten(outs[: len(outputs.leaves)])
+        return Outcome(step, [outs[i] for i in recorded], [outs[i] for i in invariant])
+
+    def invariant(self, params: list) -> list:
+        """The residuals that depend on parameters alone."""
+        return self.derive(*self.closed_over, *params)
 
     @property
-    def acts(self) -> bool:
-        """Whether the pullback has side effects."""
-        return any(map(acts, self.programs["pull"].eqns))
+    def kinds(self) -> Inputs:
+        """Abstract values of the leaves of each group that are followed: of their cotangents."""
+        invars = iter(self.forward.jaxpr.invars)
+        return Inputs(
+            *(
+                [v.aval for v in pick(mask, list(itertools.islice(invars, len(mask))))]
+                for mask in self.layout.followed
+            )
+        )
+
+    @property
+    def slot(self) -> tuple[LeafType, ...]:
+        """What one step leaves on the ring."""
+        outs = self.forward.jaxpr.outvars
+        return tuple(leaf_type(outs[i].aval) for i in self.layout.recorded)
+
+    def pullback(
+        self, *, carry: Sequence[bool] | bool = True, y: Sequence[bool] | bool = True
+    ) -> Pullback:
+        """The pullback for outputs of which some may have no cotangent.
+
+        Args:
+            carry: whether there is a λ, for all of its leaves or for each.
+            y: whether there is a ȳ, for all of its leaves or for each.
+        """
+        linear, kinds = self.layout.linearization, self.kinds
+        n_carry = len(kinds.carry)
+        of_carry = (carry,) * n_carry if isinstance(carry, bool) else tuple(carry)
+        of_y = (y,) * (len(linear.outputs) - n_carry) if isinstance(y, bool) else tuple(y)
+        program = linear.pull(self.constants, (*of_carry, *of_y))
+        recorded = len(self.layout.recorded)
+        outvars = iter(program.jaxpr.outvars)
+        return Pullback(
+            program,
+            recorded,
+            linear.residuals - recorded,
+            Inputs(*(list(itertools.islice(outvars, len(group))) for group in kinds)),
+        )
 
     @property
     def indifferent_to_y(self) -> bool:
-        """Whether a zero ȳ saves the pullback nothing but additions."""
-        pull, pull_carry = (heavy(self.programs[name]) for name in ("pull", "pull_carry"))
-        return pull == pull_carry
-
-    def over_at(self, lag: int, parts: Sequence[int]) -> int:
-        """How many of the distinct windows are over at a lag, `parts` being what they reach."""
-        return len({w for w, part in zip(self.parts, parts, strict=True) if part <= lag})
-
-    def by_group(self, weights: list) -> dict[str, list]:
-        """A flat list over the weights, by group."""
-        n = len(self.cotangents["hoisted"])
-        return {"hoisted": weights[:n], "params": weights[n:]}
-
-    def _around_fixed(self, jaxpr: core.Jaxpr) -> tuple[int, int]:
-        """How many inputs a pullback has before and after the fixed residuals."""
-        before = len(self.slot)
-        return before, len(jaxpr.invars) - before - len(self.fixed)
-
-    def _run(self, name: str, args: list) -> list:
-        return core.jaxpr_as_fun(core.ClosedJaxpr(self.programs[name], self.consts[name]))(*args)
+        """Whether leaving ȳ out saves a pullback nothing but additions."""
+        return self.pullback().heavy == self.pullback(y=False).heavy
 
 
 def trace(
@@ -157,42 +183,96 @@ def trace(
         TypeError: the step doesn't return a pair, or not a carry of the type it was given.
     """
     flow, outputs = trace_step(step, params, carry, x, has_aux)
-    groups = dict(zip(_INPUTS, map(jax.tree.leaves, (flow.consts, params, carry, x)), strict=True))
-    masks = {name: differentiable(leaves) for name, leaves in groups.items()}
-    masks["y"] = differentiable(jax.tree.leaves(outputs.tree()[1]))
-    found: list = []
+    inputs = Inputs(*map(jax.tree.leaves, (flow.consts, params, carry, x)))
+    n = len(flow.consts)
 
-    def record(*leaves: Any) -> list:
-        outs, residuals, pull = _vjp(flow, leaves, masks)
-        found.append(pull)
+    def run(leaves: list) -> list:
+        return core.jaxpr_as_fun(core.ClosedJaxpr(flow.jaxpr, leaves[:n]))(*leaves[n:])
+
+    return close(
+        run,
+        inputs,
+        outputs,
+        Inputs(*map(differentiable, inputs)),
+        differentiable(jax.tree.leaves(outputs.tree()[1])),
+        windows=windows.by_leaf(type_of(carry)) or [windows.longest],
+        stored=stored,
+        references=has_references(flow.jaxpr, deep=True),
+    )
+
+
+def close(
+    run: Callable[[list], list],
+    inputs: Inputs,
+    outputs: TreeType,
+    followed: Inputs,
+    followed_y: Mask,
+    *,
+    windows: Sequence[int],
+    stored: bool,
+    references: bool,
+) -> Closure:
+    """The closure of a step given by its leaves.
+
+    Args:
+        run: from the leaves of all inputs to those of the carry, y and aux.
+        inputs: the leaves of each group, arrays or ShapeDtypeStructs.
+        outputs: the type of (carry, y, aux).
+        followed: of each group, the leaves that gradients flow through.
+        followed_y: the leaves of y that have a cotangent.
+        windows: the window of each leaf of the carry.
+        stored: whether values that depend on parameters alone go on the ring too.
+        references: whether the step writes to references.
+    """
+    leaves, mask = ([leaf for group in groups for leaf in group] for groups in (inputs, followed))
+    of_outs, n = followed.carry + followed_y, len(outputs.leaves)
+    differentiate: Any = jax.vjp if references else jax.linearize
+    found: list[jax.tree_util.PyTreeDef] = []
+
+    def with_residuals(*leaves: Any) -> list:
+        def primal(*given: Any) -> tuple[list, list]:
+            outs = run(combine(mask, given, pick(mask, leaves, False)))
+            return pick(of_outs, outs[: len(of_outs)]), outs
+
+        _, linear, outs = differentiate(primal, *pick(mask, leaves), has_aux=True)
+        residuals, treedef = jax.tree.flatten(linear)
+        found.append(treedef)
         return [*outs, *residuals]
 
-    leaves = [leaf for group in groups.values() for leaf in group]
-    forward = without_calls(jax.make_jaxpr(record)(*leaves), leaves)
-    n, (pull,) = len(outputs.leaves), found
-    residuals = Residuals.of(forward, n, len(groups["hoisted"] + groups["params"]), stored)
-    of_leaves = pick(masks["carry"], windows.by_leaf(type_of(carry)))
-    parts = of_leaves if len(set(of_leaves)) > 1 else []
-    pulls = trace_pulls(pull, residuals, sum(masks["carry"]), parts)
-    programs = {"forward": forward, "derive": residuals.derive}
-    programs |= {name: p.closed for name, p in pulls.items()}
-    cotangents = iter(v.aval for v in programs["pull"].jaxpr.outvars)
+    with_calls = jax.make_jaxpr(with_residuals)(*leaves)
+    forward = without_calls(with_calls, leaves)
+    weights = len(inputs.closed_over) + len(inputs.params)
+    residuals = Residuals.of(forward, n, weights, stored)
+    jaxpr = forward.jaxpr
+    tangents = [struct_like(v.aval) for v in pick(mask, jaxpr.invars)]
+    kinds = [v.aval for v in pick(of_outs, jaxpr.outvars[: len(of_outs)])]
+    (treedef,) = found
+
+    def linear(values: list, last: list) -> list:
+        map_ = treedef.unflatten(residuals.every(values))
+        return list(map_(last) if references else map_(*last))
+
+    last = [struct_like(kind) for kind in kinds] if references else tangents
+    traced = jax.make_jaxpr(linear)(residuals.structs, last)
+    traced = in_one_piece(traced) if references else traced
+    of_lambda = pick(followed.carry, windows) if any(followed.carry) else []
     return Closure(
-        consts={"hoisted": list(flow.consts)} | {k: list(p.consts) for k, p in programs.items()},
-        programs={k: p.jaxpr for k, p in programs.items()},
-        outputs=outputs,
-        cotangents={g: [next(cotangents) for _ in range(sum(masks[g]))] for g in _INPUTS},
-        masks=masks,
-        recorded=residuals.recorded,
-        fixed=residuals.fixed,
-        slot=tuple(leaf_type(forward.jaxpr.outvars[i].aval) for i in residuals.recorded),
-        spared=residuals.spared,
-        zero={name: p.zero for name, p in pulls.items()},
-        over={name: p.over for name, p in pulls.items()},
-        window=max(of_leaves, default=windows.longest),
-        parts=tuple(parts),
-        linear=is_linear(pull, residuals.count),
-        asked=tuple(isinstance(v, jax.core.Tracer) for v in pick(masks["hoisted"], flow.consts)),
+        closed_over=list(inputs.closed_over),
+        forward=Program.of(forward),
+        derive=Program.of(residuals.derive),
+        constants=list(traced.consts),
+        layout=Layout(
+            outputs=outputs,
+            followed=followed,
+            followed_y=followed_y,
+            window=max(of_lambda, default=max(windows, default=1)),
+            parts=tuple(of_lambda) if len(set(of_lambda)) > 1 else (),
+            recorded=residuals.recorded,
+            invariant=residuals.invariant,
+            remade_bytes=residuals.remade_bytes,
+            linearization=Linearization(traced.jaxpr, references, len(residuals.structs), kinds),
+            with_calls=with_calls.jaxpr,
+        ),
     )
 
 
@@ -201,7 +281,7 @@ def pick(mask: Sequence[bool], leaves: Sequence, which: bool = True) -> list:
     return [leaf for m, leaf in zip(mask, leaves, strict=True) if m == which]
 
 
-def fill(mask: Sequence[bool], true: Iterable, false: Iterable) -> list:
+def combine(mask: Sequence[bool], true: Iterable, false: Iterable) -> list:
     """One list again from what `pick` took for True and for False."""
     true, false = iter(true), iter(false)
     return [next(true) if m else next(false) for m in mask]
@@ -210,26 +290,3 @@ def fill(mask: Sequence[bool], true: Iterable, false: Iterable) -> list:
 def differentiable(leaves: Iterable) -> Mask:
     """Which leaves gradients can flow through."""
     return tuple(bool(jnp.issubdtype(leaf.dtype, jnp.inexact)) for leaf in leaves)
-
-
-def _vjp(
-    flow: core.ClosedJaxpr, leaves: Sequence, masks: dict[str, Mask]
-) -> tuple[list, list, core.ClosedJaxpr]:
-    """Outputs of the step, its residuals, and its pullback from residuals and cotangents."""
-    mask = [m for group in _INPUTS for m in masks[group]]
-    outs_mask = masks["carry"] + masks["y"]
-    n = len(flow.consts)
-
-    def primal(*differentiable: Any) -> tuple[list, list]:
-        every = fill(mask, differentiable, pick(mask, leaves, False))
-        outs = core.jaxpr_as_fun(core.ClosedJaxpr(flow.jaxpr, every[:n]))(*every[n:])
-        return pick(outs_mask, outs[: len(outs_mask)]), outs
-
-    _, pull, outs = jax.vjp(primal, *pick(mask, leaves), has_aux=True)
-    residuals, treedef = jax.tree.flatten(pull)
-
-    def apply(residuals: list, cts: list) -> tuple:
-        return jax.tree.unflatten(treedef, residuals)(cts)
-
-    examples = pick(outs_mask, outs[: len(outs_mask)])
-    return outs, residuals, jax.make_jaxpr(apply)(residuals, examples)

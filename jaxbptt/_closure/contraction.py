@@ -1,107 +1,244 @@
-"""Decides which equations of a pullback run at each lag, and which once for all lags.
+"""A pullback divided into what happens at each lag and what once, after the loop over the lags.
 
-From each weight's cotangent the jaxpr is walked back through linear passes to the
-product, reduction or scatter that made it; see `_contract` for what becomes of these.
+A weight's cotangent is a sum over the lags of something linear, in the end nearly
+always a matrix product over the batch. Summing inside the loop reads and writes an
+array of the weight's size at every lag. Instead the pullback's equations are divided:
+
+* at each lag: λ, x̄, and the operands of the products, which the loop stacks;
+* once, after the loop: ONE product over (lag, batch) for each weight, then the linear
+  passes that led from it to the weight (transpose, pad, cast, sums, `psum`).
+
+A scatter into zeros (an embedding) goes into its running sum in place. What has neither
+form, or whose operands are larger than what they make, is summed in the loop.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.extend import core
 
-from jaxbptt._closure.contract import Product, Split
-from jaxbptt._jaxprs.evaluate import ZERO, Atom, acts, needed, variables
-from jaxbptt._jaxprs.zeros import is_0
+from jaxbptt._arrays import is_half_precision, where_or_zero, widened, zeros
+from jaxbptt._jaxprs.cpu_products import bind_product
+from jaxbptt._jaxprs.evaluate import (
+    ZERO,
+    Atom,
+    Bind,
+    Env,
+    Program,
+    acts,
+    bind,
+    evaluate,
+    needed,
+    values_of,
+    variables,
+)
+from jaxbptt._jaxprs.primitives import JOINT_PASSES, MOVES_ZEROS, PASSES
+from jaxbptt._types import explicit
 
 Maker = dict[Any, core.JaxprEqn]  # of each variable, the equation that makes it
 
-# Linear in the one operand that varies with the lag ...
-_LINEAR = frozenset(
-    "broadcast_in_dim conj convert_element_type copy div dot_general dynamic_slice expand_dims "
-    "gather imag mul neg pad psum psum2 psum_invariant real reduce_sum reshape "
-    "rev sharding_constraint slice squeeze transpose".split()
-)
-# ... or in all operands together.
-_JOINTLY_LINEAR = frozenset({"add", "add_any", "sub", "concatenate"})
-_WORTH = 1.0  # operands are emitted if at most this many times as large as their product
+_WORTH = 1.0  # operands are stacked if at most this many times as large as their product
 
 
-def split(
-    jaxpr: core.Jaxpr,
-    constant: Sequence[bool],
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A `dot_general`, and whether its operands change places, which transposes what it makes."""
+
+    eqn: core.JaxprEqn
+    swapped: bool
+    made: Any  # the variable that it stands for
+
+
+class AtLag(NamedTuple):
+    """Values that one lag makes; an output may be ZERO."""
+
+    outs: list
+    operands: list
+    summands: list
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """The equations of a pullback, divided into what happens at each lag and what once."""
+
+    program: Program
+    invariant: list[Any]  # inputs that are the same at all lags
+    outs: list[Atom]  # wanted at each lag
+    weights: list[Atom]  # wanted summed over the lags
+    in_loop: list[core.JaxprEqn]
+    after_loop: list[core.JaxprEqn]
+    products: list[Product]  # of operands, done once
+    reductions: list[core.JaxprEqn]  # reduce_sum of an operand, done once
+    scatters: list[core.JaxprEqn]  # scatter-add into zeros, done in place in its sum
+    summed_as_is: list[Atom]
+    operands: list[Atom]  # stacked over the lags
+    acts: bool  # whether there are side effects in the loop
+
+    @property
+    def summands(self) -> list[Atom]:
+        """What a lag adds to the sums: indices and updates of the scatters, then the rest."""
+        return [v for eqn in self.scatters for v in eqn.invars[1:]] + self.summed_as_is
+
+    def at_lag(self, args: Sequence, run: Bind = bind_product) -> "AtLag":
+        """What one lag makes of the pullback's arguments, each equation run by `run`."""
+        jaxpr = self.program.jaxpr
+        env: Env = dict(zip(jaxpr.constvars, self.program.consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        evaluate(self.in_loop, env, run)
+        return AtLag(
+            *(values_of(atoms, env) for atoms in (self.outs, self.operands, self.summands))
+        )
+
+    def zero_sums(self) -> list[jax.Array]:
+        """Where the sums start; half precisions are added up in float32."""
+        made = [eqn.outvars[0] for eqn in self.scatters]
+        return [widened(zeros(v.aval)) for v in [*made, *self.summed_as_is]]
+
+    def add(self, sums: list, summands: list, live: Any) -> list:
+        """The sums with the summands of one more lag, if it is live."""
+        n = len(self.scatters)
+        new = [
+            _scattered(eqn, total, indices, where_or_zero(live, updates))
+            for eqn, total, indices, updates in zip(
+                self.scatters, sums, summands[: 2 * n : 2], summands[1 : 2 * n : 2], strict=False
+            )
+        ]
+        for total, v in zip(sums[n:], summands[2 * n :], strict=True):
+            new.append(total + where_or_zero(live, v).astype(total.dtype))
+        return new
+
+    def contract(self, operands: list) -> list[jax.Array]:
+        """The products and reductions of the stacked operands, over all lags."""
+        stacks = dict(zip(self.operands, operands, strict=True))
+        made = [_over_lags(p, *(stacks[v] for v in p.eqn.invars)) for p in self.products]
+        for eqn in self.reductions:
+            axes = (0, *(axis + 1 for axis in eqn.params["axes"]))
+            made.append(jnp.sum(widened(stacks[eqn.invars[0]]), axes))
+        return made
+
+    def zero_contractions(self) -> list[jax.Array]:
+        """What `contract` gives for no lags at all."""
+        return [widened(zeros(v.aval)) for v in self._contracted()]
+
+    def finish(self, invariant: list, contracted: list, sums: list) -> list:
+        """The weights' cotangents: arrays or ZERO, half precisions in float32, to be rounded once.
+
+        Args:
+            invariant: the arguments that are the same at all lags.
+            contracted: what `contract` gave.
+            sums: what `add` gave at the last lag.
+        """
+        env: Env = dict(zip(self.program.jaxpr.constvars, self.program.consts, strict=True))
+        env.update(zip(self.invariant, invariant, strict=True))
+        summed = [*(eqn.outvars[0] for eqn in self.scatters), *self.summed_as_is]
+        env.update(zip(summed, sums, strict=True))
+        env.update(zip(self._contracted(), contracted, strict=True))
+        for eqn in self.after_loop:
+            values = [widened(v) for v in values_of(eqn.invars, env)]
+            env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
+        return values_of(self.weights, env)
+
+    def _contracted(self) -> list[Any]:
+        return [p.made for p in self.products] + [e.outvars[0] for e in self.reductions]
+
+
+def divide_pullback(
+    program: Program,
+    invariant: Sequence[bool],
     weights: list[Atom],
     outs: list[Atom],
     *,
     effects: bool = False,
-) -> Split:
+) -> Contraction:
     """Divides the equations of a flat, pruned pullback.
 
+    From each weight's cotangent they are walked back through linear passes to the
+    product, reduction or scatter that made it.
+
     Args:
-        jaxpr: the pullback's.
-        constant: which inputs are the same at all lags.
+        program: the pullback.
+        invariant: which inputs are the same at all lags.
         weights: outputs to be summed over the lags.
         outs: outputs wanted at each lag.
         effects: whether its side effects are wanted too, at each lag.
     """
+    jaxpr = program.jaxpr
     maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     weights, outs = ([ZERO if _is_zero(v, maker) else v for v in vs] for vs in (weights, outs))
-    fixed = _fixed(jaxpr, constant)
+    constant = _invariant(jaxpr, invariant)
     eqns = needed(jaxpr.eqns, variables([*weights, *outs]), effects=effects)
+
+    # What the loop itself needs, and the linear passes between its ends and the weights.
     acting = [e for e in eqns if effects and acts(e)]
     shown = variables(v for e in acting for v in e.invars)
-    after, in_loop = _walk_back(eqns, fixed, maker, variables(weights), [*variables(outs), *shown])
-    made_after = {v for eqn in after for v in eqn.outvars}
-    ends = [v for eqn in after for v in variables(eqn.invars) if v not in fixed]
-    leaves = [v for v in dict.fromkeys(ends + variables(weights)) if v not in made_after]
-    makers = [maker[v] for v in leaves if v in maker and v not in in_loop and v not in fixed]
+    passes, in_loop = _walk_back(
+        eqns, constant, maker, variables(weights), [*variables(outs), *shown]
+    )
 
-    chosen, emitted = _worthwhile([e for e in makers if e.primitive.name == "dot_general"], fixed)
-    turned = _turned([v for v in leaves if v not in in_loop and v not in weights], after)
+    # The ends: variables that a pass reads and that no pass makes. Each is summed over the lags.
+    of_passes = {v for eqn in passes for v in eqn.outvars}
+    ends = [v for eqn in passes for v in variables(eqn.invars) if v not in constant]
+    ends = [v for v in dict.fromkeys(ends + variables(weights)) if v not in of_passes]
+    makers = [maker[v] for v in ends if v in maker and v not in in_loop and v not in constant]
+
+    # An end made by a product whose operands are smaller than it is: the operands are stacked.
+    chosen, operands = _worthwhile(
+        [e for e in makers if e.primitive.name == "dot_general"], constant
+    )
+    turned = _turned([v for v in ends if v not in in_loop and v not in weights], passes)
     products = [_product(e, turned.get(e.outvars[0])) for e in chosen]
-    reductions = [e for e in makers if e.primitive.name == "reduce_sum" and e.invars[0] in emitted]
+    # A bias is the sum over the batch of what is an operand already: that costs nothing more.
+    reductions = [e for e in makers if e.primitive.name == "reduce_sum" and e.invars[0] in operands]
     scatters = [e for e in makers if _scatters_into_zeros(e, maker)]
     done = {e.outvars[0] for e in (*chosen, *reductions, *scatters)}
-    plain = [turned[v].outvars[0] if v in turned else v for v in leaves if v not in done]
-    summed = {*leaves, *plain, *(p.made for p in products)}
-    operands = [v for e in scatters for v in e.invars[1:]]
-    return Split(
-        jaxpr=jaxpr,
+    as_is = [turned[v].outvars[0] if v in turned else v for v in ends if v not in done]
+
+    # After the loop remain the passes behind what is summed, and what these read.
+    summed = {*ends, *as_is, *(p.made for p in products)}
+    scattered = [v for e in scatters for v in e.invars[1:]]
+    return Contraction(
+        program=program,
+        invariant=[v for v, c in zip(jaxpr.invars, invariant, strict=True) if c],
         outs=outs,
         weights=weights,
-        at_lag=needed(eqns, variables([*outs, *emitted, *operands, *plain]), effects=effects),
-        after=needed(
-            [e for e in eqns if (made_after | fixed).difference(summed).intersection(e.outvars)],
+        in_loop=needed(eqns, variables([*outs, *operands, *scattered, *as_is]), effects=effects),
+        after_loop=needed(
+            [e for e in eqns if (of_passes | constant).difference(summed).intersection(e.outvars)],
             [v for v in variables(weights) if v not in summed],
         ),
         products=products,
         reductions=reductions,
         scatters=scatters,
-        plain=plain,
-        emitted=emitted,
+        summed_as_is=as_is,
+        operands=operands,
         acts=bool(acting),
     )
 
 
-def _fixed(jaxpr: core.Jaxpr, constant: Sequence[bool]) -> set:
+def _invariant(jaxpr: core.Jaxpr, inputs: Sequence[bool]) -> set:
     """The variables that are the same at all lags."""
-    fixed = {*jaxpr.constvars, *(v for v, c in zip(jaxpr.invars, constant, strict=True) if c)}
+    constant = {*jaxpr.constvars, *(v for v, c in zip(jaxpr.invars, inputs, strict=True) if c)}
     for eqn in jaxpr.eqns:
-        if fixed.issuperset(variables(eqn.invars)):
-            fixed.update(eqn.outvars)
-    return fixed
+        if constant.issuperset(variables(eqn.invars)):
+            constant.update(eqn.outvars)
+    return constant
 
 
 def _walk_back(
-    eqns: list[core.JaxprEqn], fixed: set, maker: Maker, weights: list, outs: list
+    eqns: list[core.JaxprEqn], constant: set, maker: Maker, weights: list, outs: list
 ) -> tuple[list[core.JaxprEqn], set]:
     """The linear passes between the leaves and the weights, and what the loop itself needs."""
     in_loop, to_weights = set(outs), set(weights)
     after = []
     for eqn in reversed(eqns):
-        if fixed.issuperset(eqn.outvars):
+        if constant.issuperset(eqn.outvars):
             continue
-        if _is_linear(eqn, fixed, maker) and not in_loop.intersection(eqn.outvars):
+        if _is_pass(eqn, constant, maker) and not in_loop.intersection(eqn.outvars):
             if to_weights.intersection(eqn.outvars):
                 after.append(eqn)
                 to_weights.update(variables(eqn.invars))
@@ -110,16 +247,16 @@ def _walk_back(
     return after[::-1], in_loop
 
 
-def _is_linear(eqn: core.JaxprEqn, fixed: set, maker: Maker) -> bool:
+def _is_pass(eqn: core.JaxprEqn, constant: set, maker: Maker) -> bool:
     name = eqn.primitive.name
     out: Any
     out, *others = eqn.outvars
-    moving = [v for v in variables(eqn.invars) if v not in fixed]
+    moving = [v for v in variables(eqn.invars) if v not in constant]
     if others or not moving:
         return False
-    if name in _JOINTLY_LINEAR:
+    if name in JOINT_PASSES:
         return len(moving) == len(eqn.invars)
-    if name not in _LINEAR or len(moving) != 1:
+    if name not in PASSES or len(moving) != 1:
         return False
     if name in ("mul", "dot_general", "reduce_sum"):
         # Either operand may move; what shrinks its operand is better summed behind it.
@@ -153,18 +290,18 @@ def _scatters_into_zeros(eqn: core.JaxprEqn, maker: Maker) -> bool:
     return eqn.primitive.name == "scatter-add" and _is_zero(eqn.invars[0], maker)
 
 
-def _worthwhile(products: list[core.JaxprEqn], fixed: set) -> tuple[list, list]:
-    """The products whose operands are worth emitting, and these operands, each once."""
+def _worthwhile(products: list[core.JaxprEqn], constant: set) -> tuple[list, list]:
+    """The products whose operands are worth stacking, and these operands, each once."""
     chosen: dict[int, core.JaxprEqn] = {}
-    emitted: dict[Any, None] = {}
+    operands: dict[Any, None] = {}
     for _ in range(2):  # an operand that one product pays for is free to another before it
         for eqn in products:
             product: Any = eqn.outvars[0]
-            size = sum(v.aval.size for v in set(variables(eqn.invars)) if v not in emitted)
-            if size <= _WORTH * product.aval.size and not fixed.intersection(eqn.invars):
+            size = sum(v.aval.size for v in set(variables(eqn.invars)) if v not in operands)
+            if size <= _WORTH * product.aval.size and not constant.intersection(eqn.invars):
                 chosen[id(eqn)] = eqn
-                emitted.update(dict.fromkeys(eqn.invars))
-    return [e for e in products if id(e) in chosen], list(emitted)
+                operands.update(dict.fromkeys(eqn.invars))
+    return [e for e in products if id(e) in chosen], list(operands)
 
 
 def _turned(leaves: list, after: list[core.JaxprEqn]) -> dict[Any, core.JaxprEqn]:
@@ -193,11 +330,42 @@ def _product(eqn: core.JaxprEqn, transpose: core.JaxprEqn | None) -> Product:
 
 
 def _is_zero(atom: Atom, maker: Maker) -> bool:
+    """Whether a variable is made of zeros alone: what no cotangent reaches, JAX fills with them."""
     if isinstance(atom, core.Literal):
-        return is_0(atom)
+        return bool(not np.ndim(atom.val) and not atom.val)
     made = maker.get(atom)
     return (
-        made is not None
-        and made.primitive.name == "broadcast_in_dim"
-        and _is_zero(made.invars[0], maker)
+        made is not None and made.primitive.name in MOVES_ZEROS and _is_zero(made.invars[0], maker)
+    )
+
+
+def _scattered(
+    eqn: core.JaxprEqn, total: jax.Array, indices: jax.Array, updates: jax.Array
+) -> jax.Array:
+    """A scatter-add into a running sum, whose type may be wider than the equation's."""
+    if total.dtype == updates.dtype:
+        return bind(eqn, [total, indices, updates])[0]
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    params = {name: eqn.params[name] for name in names}
+    return lax.scatter_add(total, indices, updates.astype(total.dtype), **params)
+
+
+def _over_lags(product: Product, left: jax.Array, right: jax.Array) -> jax.Array:
+    """The sum over the first axis of a product: that axis contracted too."""
+    params = product.eqn.params
+    contract, batch = params["dimension_numbers"]
+    contract = tuple((0, *(axis + 1 for axis in axes)) for axes in contract)
+    batch = tuple(tuple(axis + 1 for axis in axes) for axes in batch)
+    precision = params["precision"]
+    if product.swapped:
+        left, right, contract, batch = right, left, contract[::-1], batch[::-1]
+        precision = precision[::-1] if isinstance(precision, tuple) else precision
+    dtype = product.made.aval.dtype
+    return lax.dot_general(
+        left,
+        right,
+        (contract, batch),
+        precision=precision,
+        preferred_element_type=jnp.float32 if is_half_precision(dtype) else dtype,
+        out_sharding=explicit(product.made.aval),
     )

@@ -61,8 +61,10 @@ def program_hash(closure: Closure) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    forward = closure.programs["forward"]
-    outs = forward.outvars[: len(closure.outputs.leaves)]  # without the residuals behind them
+    forward = closure.forward.jaxpr
+    outs = forward.outvars[
+        : len(closure.layout.outputs.leaves)
+    ]  # without the residuals behind them
     eqns = needed(forward.eqns, variables(outs))
     digest = hashlib.sha256()
     for piece in _program(forward.replace(eqns=eqns, outvars=outs), loosely=True):
@@ -72,12 +74,12 @@ def program_hash(closure: Closure) -> str:
 
 
 def _pieces(closure: Closure) -> Iterator[str | bytes]:
-    yield f"slot {closure.recorded} {closure.fixed}"
-    yield from _value(closure.consts["hoisted"])
-    for name, jaxpr in sorted(closure.programs.items()):
-        yield name
-        yield from _program(jaxpr)
-        yield from _value(closure.consts[name])
+    yield f"slot {closure.layout.recorded} {closure.layout.invariant}"
+    yield from _value(closure.closed_over)
+    pullbacks = closure.pullback().program, closure.pullback(y=False).program
+    for program in (closure.forward, closure.derive, *pullbacks):
+        yield from _program(program.jaxpr)
+        yield from _value(program.consts)
 
 
 def _program(jaxpr: core.Jaxpr, *, loosely: bool = False) -> Iterator[str | bytes]:

@@ -1,83 +1,140 @@
-"""The pullback of a step as flat programs: whole, without ȳ, and without λ of parts that are over.
+"""The pullback of a step: the transpose of its linearization, for the outputs that are alive.
 
-What is zero is not computed with: it is taken out of the program when that is made.
+A chain's older lags have no ȳ, and parts of the carry whose window is over have no λ. For each
+set of outputs that have a cotangent there is a program of its own, in which nothing is left
+of what only the others need: of a loss head in the step neither its products nor their operands.
 """
 
 import collections
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
-from jaxbptt._arrays import struct_like
-from jaxbptt._closure.residuals import Residuals
-from jaxbptt._jaxprs.evaluate import ZERO, Value, drop, in_one_piece, prune
-from jaxbptt._jaxprs.zeros import remaining
+from jaxbptt._arrays import struct_like, zeros
+from jaxbptt._closure.contraction import Contraction, divide_pullback
+from jaxbptt._jaxprs.evaluate import Atom, Program, acts, prune, without_calls
+from jaxbptt._jaxprs.linearity import is_linear
+from jaxbptt._jaxprs.primitives import HEAVY
 
-# More than elementwise work.
-_HEAVY = ("dot_general", "conv_general_dilated", "scan", "while", "cond", "scatter-add")
+Mask = tuple[bool, ...]
+
+
+class Inputs(NamedTuple):
+    """Something of each group of a step's inputs."""
+
+    closed_over: Any
+    params: Any
+    carry: Any
+    x: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Pull:
-    """A program from recorded and fixed residuals, λ and ȳ to the cotangents of all inputs.
+class Pullback:
+    """A program from residuals, and the cotangents that are alive, to cotangents of the inputs.
 
     Attributes:
-        closed: the program. λ of the parts that are over are inputs that it does not read.
-        zero: outputs that are zero, and that the program does not have.
-        over: the leaves of the carry whose window is over.
+        program: its inputs are the recorded residuals, the invariant ones, and λ and ȳ of the
+            outputs that are alive.
+        recorded: how many recorded residuals there are.
+        invariant: how many invariant ones.
+        outputs: the variables of its outputs, for each group of a step's inputs.
     """
 
-    closed: core.ClosedJaxpr
-    zero: tuple[bool, ...]
-    over: tuple[bool, ...]
+    program: Program
+    recorded: int
+    invariant: int
+    outputs: Inputs
+
+    @property
+    def residuals(self) -> int:
+        """How many residuals it takes."""
+        return self.recorded + self.invariant
+
+    def divide(
+        self, summed: list[Atom], at_lag: list[Atom], *, effects: bool = True
+    ) -> Contraction:
+        """The pullback divided for a loop over the lags.
+
+        Args:
+            summed: outputs wanted summed over the lags, or ZERO.
+            at_lag: outputs wanted at each lag, or ZERO.
+            effects: whether side effects are to happen, at each lag.
+        """
+        alive = len(self.program.jaxpr.invars) - self.residuals
+        invariant = [False] * self.recorded + [True] * self.invariant + [False] * alive
+        return divide_pullback(self.program, invariant, summed, at_lag, effects=effects)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it has side effects."""
+        return any(map(acts, self.program.jaxpr.eqns))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is known to be linear in the cotangents."""
+        closed = core.ClosedJaxpr(self.program.jaxpr, self.program.consts)
+        return is_linear(closed, self.residuals)
+
+    @property
+    def heavy(self) -> collections.Counter:
+        """How often it calls for more than elementwise work."""
+        names = (eqn.primitive.name for eqn in self.program.jaxpr.eqns)
+        return collections.Counter(name for name in names if name in HEAVY)
 
 
-def name_of(with_y: bool, over: int) -> str:
-    """The name of a program: with ȳ or without, with this many distinct windows over."""
-    return ("pull" if with_y else "pull_carry") + (f"_{over}" if over else "")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linearization:
+    """How the tangents of a step's outputs depend on those of its inputs; transposed on demand.
 
-
-def trace_pulls(
-    pull: core.ClosedJaxpr, residuals: Residuals, n_carry: int, parts: Sequence[int]
-) -> dict[str, Pull]:
-    """The programs by name.
-
-    Args:
-        pull: the closure applied to all residuals, λ and ȳ.
-        residuals: what there is of the residuals.
-        n_carry: how many leaves λ has.
-        parts: the window of each of them, or nothing where they have one.
+    Attributes:
+        jaxpr: from residuals and tangents to tangents. Or, where `is_pullback`, from residuals
+            and the cotangents of all outputs to cotangents: of a program that writes to
+            references JAX has a transpose only as a whole, as `jax.vjp` gives it.
+        is_pullback: which of the two it is.
+        residuals: how many residuals it takes.
+        outputs: abstract values of the outputs that can have a cotangent.
     """
-    n, pull = len(residuals.avals), in_one_piece(pull)
-    cts = [struct_like(v.aval) for v in pull.jaxpr.invars[residuals.count :]]
 
-    def program(with_y: bool, over: Sequence[bool]) -> Pull:
-        zero: list[bool] = []
+    jaxpr: core.Jaxpr
+    is_pullback: bool
+    residuals: int
+    outputs: list[Any]
+    _pulls: dict[Mask, Program] = dataclasses.field(default_factory=dict)
 
-        def run(*args: Any) -> list[Value]:
-            lam = [ZERO if o else v for o, v in zip(over, args[n : n + n_carry], strict=True)]
-            ct_y = args[n + n_carry :] if with_y else [ZERO] * (len(cts) - n_carry)
-            values = [*residuals.every(args[:n]), *lam, *ct_y]
-            outs = remaining(pull, values)
-            zero[:] = [v is ZERO for v in outs]
-            return drop(outs, outs)
+    def pull(self, consts: list, alive: Mask) -> Program:
+        """From residuals and the cotangents that are alive, traced once for each set of these."""
+        if alive not in self._pulls:
+            self._pulls[alive] = self._trace(alive)
+        jaxpr, own = self._pulls[alive].jaxpr, self._pulls[alive].consts
+        n = len(consts)
+        # What it reads of the constants may be tracers now that were others when it was traced.
+        return Program(
+            jaxpr.replace(constvars=[*jaxpr.constvars, *jaxpr.invars[:n]], invars=jaxpr.invars[n:]),
+            [*own, *consts],
+        )
 
-        given = [*residuals.avals, *(cts if with_y else cts[:n_carry])]
-        closed = prune(jax.make_jaxpr(run)(*given), effects=True)
-        return Pull(closed, tuple(zero), tuple(over))
+    def _trace(self, alive: Mask) -> Program:
+        jaxpr, n = self.jaxpr, self.residuals
+        consts = [struct_like(v.aval) for v in jaxpr.constvars]
+        given = [struct_like(v.aval) for v in jaxpr.invars]
+        residuals, tangents = given[:n], given[n:]
+        cts = [struct_like(kind) for kind, a in zip(self.outputs, alive, strict=True) if a]
 
-    ends = [0, *sorted(set(parts))[:-1]]
-    over = [[w <= end for w in parts] or [False] * n_carry for end in ends]
-    return {
-        name_of(with_y, i): program(with_y, over[i])
-        for i in range(len(ends))
-        for with_y in (True, False)
-    }
+        def pull(consts: list, residuals: list, cts: list) -> Any:
+            run = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))
+            if self.is_pullback:
+                rest = iter(cts)
+                kinds = zip(self.outputs, alive, strict=True)
+                return run(*residuals, *(next(rest) if a else zeros(kind) for kind, a in kinds))
 
+            def outputs_alive(*tangents: Any) -> list:
+                outs = run(*residuals, *tangents)
+                return [v for v, a in zip(outs, alive, strict=True) if a]
 
-def heavy(jaxpr: core.Jaxpr) -> collections.Counter:
-    """How often a jaxpr calls for more than elementwise work."""
-    return collections.Counter(e.primitive.name for e in jaxpr.eqns if e.primitive.name in _HEAVY)
+            return jax.linear_transpose(outputs_alive, *tangents)(cts)
+
+        structs = consts, residuals, cts
+        closed = without_calls(jax.make_jaxpr(pull)(*structs), jax.tree.leaves(structs))
+        return Program.of(prune(closed, effects=True))

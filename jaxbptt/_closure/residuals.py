@@ -1,9 +1,9 @@
-"""Which residuals of a step are recorded, which are known without it, and which are made again.
+"""Which residuals of a step are recorded, which are known without it, and which are recomputed.
 
 `jax.vjp` keeps derivatives beside the values that they come from: for s = logistic(a) both
 s and s (1 - s). Writing such a pair and reading it back costs more than the multiplication,
 so what a few cheap elementwise operations make of other recorded values is left out, and
-the pullback makes it again.
+the pullback recomputes it.
 """
 
 import dataclasses
@@ -15,13 +15,8 @@ from jax.extend import core
 
 from jaxbptt._arrays import size_in_bytes, struct_like
 from jaxbptt._jaxprs.evaluate import UNKNOWN, bind, drop, interpret, known_rule, prune, variables
+from jaxbptt._jaxprs.primitives import CHEAP
 
-# Elementwise, of a handful of instructions, or moving no data at all.
-_CHEAP = frozenset(
-    "abs add add_any and broadcast_in_dim convert_element_type copy eq expand_dims ge gt "
-    "integer_pow le lt max min mul name ne neg not one_minus_square or pvary reduce_precision "
-    "reshape select_n sign square squeeze sub transpose xor".split()
-)
 _MOST = 6  # of them at most for one residual
 
 
@@ -32,20 +27,20 @@ class Residuals:
     Attributes:
         count: how many there are in all.
         recorded: outputs of the step's program that go on record.
-        fixed: outputs that depend on the parameters alone.
-        derive: the program from the parameters to the fixed ones.
-        avals: of the recorded and the fixed ones, something of their types.
-        every: from the values of the recorded and the fixed ones to those of all residuals.
-        spared: bytes of those that are made again.
+        invariant: outputs that depend on the parameters alone.
+        derive: the program from the parameters to the invariant ones.
+        structs: types of the recorded and the invariant ones, to trace with.
+        every: from the values of the recorded and the invariant ones to those of all residuals.
+        remade_bytes: bytes of those that are recomputed.
     """
 
     count: int
     recorded: tuple[int, ...]
-    fixed: tuple[int, ...]
+    invariant: tuple[int, ...]
     derive: core.ClosedJaxpr
-    avals: list
+    structs: list
     every: Callable[[Sequence], list]
-    spared: int
+    remade_bytes: int
 
     @classmethod
     def of(
@@ -64,11 +59,11 @@ class Residuals:
         for i, v in enumerate(residuals, n_outs):
             place.setdefault(id(v), i)
         derive, known = _trace_derive(forward, n_weights, list(place.values()), stored)
-        fixed = tuple(i for i, k in zip(place.values(), known, strict=True) if k)
+        invariant = tuple(i for i, k in zip(place.values(), known, strict=True) if k)
         others = [outs[i] for i, k in zip(place.values(), known, strict=True) if not k]
         kept, eqns = _without_cheap(forward.jaxpr, others)
         recorded = tuple(place[id(v)] for v in kept)
-        given = [outs[i] for i in (*recorded, *fixed)]
+        given = [outs[i] for i in (*recorded, *invariant)]
 
         def every(values: Sequence) -> list:
             env = {id(v): value for v, value in zip(given, values, strict=True)}
@@ -77,9 +72,9 @@ class Residuals:
                 env[id(eqn.outvars[0])] = bind(eqn, args)[0]
             return [env[id(v)] for v in residuals]
 
-        avals = [struct_like(v.aval) for v in given]
-        spared = size_in_bytes(v.aval for v in others) - size_in_bytes(v.aval for v in kept)
-        return cls(len(residuals), recorded, fixed, derive, avals, every, spared)
+        structs = [struct_like(v.aval) for v in given]
+        remade = size_in_bytes(v.aval for v in others) - size_in_bytes(v.aval for v in kept)
+        return cls(len(residuals), recorded, invariant, derive, structs, every, remade)
 
 
 def _trace_derive(
@@ -124,7 +119,7 @@ def _is_cheap(eqn: core.JaxprEqn) -> bool:
     # On a mesh JAX reshards the constant of a derivative, so that slots would differ there.
     out: Any = eqn.outvars[0] if eqn.outvars else None
     scalar = eqn.primitive.name == "reshard" and out.aval.size == 1
-    return scalar or eqn.primitive.name in _CHEAP
+    return scalar or eqn.primitive.name in CHEAP
 
 
 def _from_others(v: Any, kept: dict, maker: dict) -> list[core.JaxprEqn] | None:

@@ -1,6 +1,7 @@
 """The user's step as a jaxpr, and whether it returns what a step must."""
 
 import operator
+from collections.abc import Iterable
 
 import jax
 from jax.extend import core
@@ -52,12 +53,17 @@ def trace_step(
         return new_carry, y, as_strong_arrays(aux, "aux", blame="step")
 
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
-    for v in filter(is_reference, closed.jaxpr.constvars):
+    refuse_references(closed.jaxpr.constvars)
+    return closed, type_of(shapes)
+
+
+def refuse_references(closed_over: Iterable) -> None:
+    """Refuses a step that closes over a mutable reference: a pullback can't reach it."""
+    for v in filter(is_reference, closed_over):
         raise TypeError(
             f"step must not close over a mutable reference, but closes over one of {v.aval}. Put "
             "its value into the carry, or make the reference inside the step with jax.new_ref."
         )
-    return closed, type_of(shapes)
 
 
 def own_containers(*trees: PyTree) -> tuple[PyTree, ...]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
-from jaxbptt._closure.closure import Mask, fill
+from jaxbptt._closure.closure import combine
+from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._transforms.cotangents import with_float0
 from jaxbptt._transforms.record import Recorder, closure_for
 from jaxbptt._transforms.tape import Tape, x_struct
@@ -93,20 +94,21 @@ def gradient_by_lag(
     _errors.is_tape(tape, Tape)
     params, x = as_strong_arrays(params, "params"), x_struct(tape)
     closure, tape = closure_for(recorder, params, tape, x)
-    window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
-    found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)
-    unreached = closure.window - window.steps
-    terms, lams = ([padded(v, unreached) for v in vs] for vs in found[:2])
-    sums = [jnp.pad(v, (0, unreached), mode="edge") for v in found[2]]
-    of_params, of_carry = closure.masks["params"], closure.masks["carry"]
-    partial = _norms(of_params, sums, params, closure.window)
+    window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
+    found = by_lag(closure, window, arriving, (lambda v: v) if full else _norm, _norm)
+    length = closure.layout.window
+    unreached = length - window.steps
+    terms, lams = ([padded(v, unreached) for v in vs] for vs in (found.params, found.carry))
+    sums = [jnp.pad(v, (0, unreached), mode="edge") for v in found.sums]
+    of_params, of_carry = closure.layout.followed.params, closure.layout.followed.carry
+    partial = _norms(of_params, sums, params, length)
     if not full:
         return ByLag(
-            _norms(of_params, terms, params, closure.window),
-            _norms(of_carry, lams, tape.carry, closure.window),
+            _norms(of_params, terms, params, length),
+            _norms(of_carry, lams, tape.carry, length),
             partial,
         )
-    rows_of_all = (closure.window,)
+    rows_of_all = (length,)
     return ByLag(
         with_float0(of_params, terms, params, rows_of_all),
         with_float0(of_carry, lams, tape.carry, rows_of_all),
@@ -117,7 +119,7 @@ def gradient_by_lag(
 def _norms(mask: Mask, norms: list, primal: PyTree, window: int) -> PyTree:
     """Norms in the structure of `primal`, zero where nothing can flow, so that all can be added."""
     nothing = [jnp.zeros(window, jnp.float32)] * (len(mask) - len(norms))
-    return jax.tree.unflatten(jax.tree.structure(primal), fill(mask, norms, nothing))
+    return jax.tree.unflatten(jax.tree.structure(primal), combine(mask, norms, nothing))
 
 
 def _norm(value: jax.Array) -> jax.Array:

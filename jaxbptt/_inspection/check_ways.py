@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxbptt._jaxprs.evaluate import scan_counts
+from jaxbptt._compat import scan_counts
 
 
 @dataclasses.dataclass(frozen=True)

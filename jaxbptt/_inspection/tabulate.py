@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxbptt._arrays import as_strong_arrays, size_in_bytes
+from jaxbptt._arrays import as_strong_arrays, size_in_bytes, struct_like
 from jaxbptt._closure import step as _step
 from jaxbptt._closure.closure import Closure
 from jaxbptt._transforms.record import Recorder, record, trace_recorder
@@ -134,20 +134,22 @@ def tabulate(
     given = {name: as_strong_arrays(tree, name, structs=True) for name, tree in trees.items()}
     nbytes = jax.eval_shape(recorder.init, *given.values()).nbytes
     closure = trace_recorder(recorder, *given.values())
-    rows = _rows(closure, _with_lines(closure, recorder, given), given)
+    rows = _rows(closure, given)
     policies = [p for name in _POLICIES.split() for p in _measured(recorder, name, closure, given)]
     return Table(rows, nbytes, policies, _suggestion(_ring_bytes(closure), policies))
 
 
-def _rows(closure: Closure, jaxpr: core.Jaxpr, given: dict[str, PyTree]) -> list[Row]:
-    paths = [f"closed over [{i}]" for i in range(len(closure.consts["hoisted"]))]
+def _rows(closure: Closure, given: dict[str, PyTree]) -> list[Row]:
+    jaxpr = closure.layout.with_calls
+    paths = [f"closed over [{i}]" for i in range(len(closure.closed_over))]
     for group, tree in given.items():
         paths += [group + jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(tree)]
     path = {id(v): name for v, name in zip(jaxpr.invars, paths, strict=True)}
     origins = [_origin(jaxpr, v) for v in jaxpr.outvars]
     tags = {id(at): tag for at, _, _, tag in origins if tag}
-    place = dict.fromkeys(closure.recorded, "ring") | dict.fromkeys(closure.fixed, "parameters")
-    outs, n, rows = closure.programs["forward"].outvars, len(closure.outputs.leaves), []
+    place = dict.fromkeys(closure.layout.recorded, "ring")
+    place |= dict.fromkeys(closure.layout.invariant, "parameters")
+    outs, n, rows = closure.forward.jaxpr.outvars, len(closure.layout.outputs.leaves), []
     # The same value may be a residual more than once.
     first = {id(v): i for i, v in reversed([*enumerate(outs)]) if i >= n}
     for i in sorted(first.values()):
@@ -179,23 +181,6 @@ def _origin(jaxpr: core.Jaxpr, v: Any) -> tuple[Any, str, str, str]:
     return v, "", "", tag
 
 
-def _with_lines(closure: Closure, recorder: Recorder, given: dict[str, PyTree]) -> core.Jaxpr:
-    """The closure's forward program with its calls, which still knows the user's lines."""
-    flow, outputs = _step.trace_step(recorder.step, **given, has_aux=recorder.has_aux)
-    n, n_outs = len(flow.consts), len(jax.tree.leaves(outputs.tree()[:2]))
-
-    def primal(*leaves: Any) -> tuple[list, list]:
-        outs = core.jaxpr_as_fun(core.ClosedJaxpr(flow.jaxpr, leaves[:n]))(*leaves[n:])
-        return outs[:n_outs], outs
-
-    leaves, flat = jax.tree.leaves([*given.values()]), closure.programs["forward"]
-    closed = jax.make_jaxpr(lambda *v: jax.vjp(primal, *v, has_aux=True)[1:])(*flow.consts, *leaves)
-    outs, k = closed.jaxpr.outvars, len(outputs.leaves)
-    jaxpr = closed.jaxpr.replace(outvars=[*outs[-k:], *outs[:-k]])
-    same = [[leaf_type(v.aval) for v in j.outvars] for j in (jaxpr, flat)]
-    return jaxpr if same[0] == same[1] else flat
-
-
 def _line(eqn: core.JaxprEqn) -> str:
     frames = getattr(eqn.source_info.traceback, "frames", ())
     # What is below is whoever called tabulate.
@@ -213,12 +198,12 @@ def _measured(
         closure = trace_recorder(dataclasses.replace(recorder, step=step), *given.values())
     except (NotImplementedError, TypeError):  # JAX can't: ordered effects, complex values
         return []
-    again = _products(closure.programs["pull"]) - _products(plain.programs["pull"])
+    again = _products(closure.pullback().program.jaxpr) - _products(plain.pullback().program.jaxpr)
     return [Policy(name, _ring_bytes(closure), max(again, 0))]
 
 
 def _ring_bytes(closure: Closure) -> int:
-    return size_in_bytes(closure.programs["forward"].outvars[i].aval for i in closure.recorded)
+    return size_in_bytes(struct_like(kind) for kind in closure.slot)
 
 
 def _products(jaxpr: core.Jaxpr) -> int:

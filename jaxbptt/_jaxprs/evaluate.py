@@ -7,7 +7,9 @@ Both walk the equations in order, put the equations of a call (`jit`, `checkpoin
 its place, and leave the rest to a rule.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +17,8 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt._arrays import struct_like
-from jaxbptt._compat import lax_scan
+from jaxbptt._compat import bind_params, lax_scan, scan_counts
+from jaxbptt._jaxprs.primitives import CALLS
 
 
 class Marker:
@@ -37,10 +40,25 @@ Atom = Any  # a variable or a literal of a jaxpr, or ZERO
 Env = dict[Any, Any]  # the value of each variable
 Bind = Callable[[core.JaxprEqn, list], list]  # `bind`, or what does the same
 
-# Primitives that only call a jaxpr, one to one in inputs and outputs. The calls
-# that carry a derivative rule of their own are left whole, or they would lose it.
-CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 _WHOLE = "run_whole"  # the name of a call that is left whole
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["consts"], meta_fields=["jaxpr"])
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jaxpr with the arrays it closes over: a pytree, so that it can be handed to any loop."""
+
+    jaxpr: core.Jaxpr
+    consts: list
+
+    @classmethod
+    def of(cls, closed: core.ClosedJaxpr) -> "Program":
+        """The program of a traced function."""
+        return cls(closed.jaxpr, list(closed.consts))
+
+    def __call__(self, *args: Any) -> list:
+        """The outputs, from the values of all inputs."""
+        return core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.consts))(*args)
 
 
 def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -> list[Value]:
@@ -63,9 +81,7 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
 
 def bind(eqn: core.JaxprEqn, values: list) -> list:
     """Runs one equation on arrays."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Before JAX 0.10 a pair; the functions have since moved in among the parameters.
-    functions, params = params if isinstance(params, tuple) else ((), params)
+    functions, params = bind_params(eqn)
     with eqn.ctx.manager:
         outs = eqn.primitive.bind(*functions, *values, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
@@ -82,13 +98,13 @@ def values_of(atoms: Iterable[Atom], env: Env) -> list:
     return [v if v is ZERO else v.val if isinstance(v, core.Literal) else env[v] for v in atoms]
 
 
-def without_calls(closed: core.ClosedJaxpr, like: Sequence) -> core.ClosedJaxpr:
-    """The same program, the equations of every call in its place."""
+def without_calls(closed: core.ClosedJaxpr, structs: Sequence) -> core.ClosedJaxpr:
+    """The same program from inputs of these types, the equations of every call in its place."""
 
     def run(*args: Any) -> list[Value]:
         return interpret(closed.jaxpr, closed.consts, args, bind)
 
-    return jax.make_jaxpr(run)(*like)
+    return jax.make_jaxpr(run)(*structs)
 
 
 def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -96,7 +112,7 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
     Which of its equations are needed, and in which order, can't be read off the variables then.
     """
-    if not _has_references(closed.jaxpr):
+    if not has_references(closed.jaxpr):
         return closed
 
     def whole(*args: Any) -> list:
@@ -106,12 +122,23 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     return jax.make_jaxpr(jax.jit(whole))(*(struct_like(v.aval) for v in closed.jaxpr.invars))
 
 
-def _has_references(jaxpr: core.Jaxpr) -> bool:
+def has_references(jaxpr: core.Jaxpr, *, deep: bool = False) -> bool:
+    """Whether a program uses mutable references, `deep`: inside of loops and branches too."""
     return any(
         any(map(is_reference, [*eqn.invars, *eqn.outvars]))
-        or (eqn.primitive.name in CALLS and _has_references(_called(eqn)[0]))
+        or (eqn.primitive.name in CALLS and has_references(_called(eqn)[0], deep=deep))
+        or (deep and any(has_references(inner, deep=True) for inner in inner_jaxprs(eqn)))
         for eqn in jaxpr.eqns
     )
+
+
+def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The programs that an equation runs, in whatever way."""
+    for value in eqn.params.values():
+        for each in value if isinstance(value, tuple | list) else [value]:
+            each = each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
+            if isinstance(each, core.Jaxpr):
+                yield each
 
 
 def is_reference(atom: Any) -> bool:
@@ -225,19 +252,6 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
         unroll=p["unroll"],
     )
     return merge(last, init) + merge(ys, ys_kinds)
-
-
-def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """How many consts and how many carries a scan's equation has."""
-    # Since JAX 0.12 the equation doesn't say how many carries and xs it has. Outside
-    # the body an x and a y have one axis more, a carry and a const as many as inside.
-    body = eqn.params["jaxpr"].jaxpr
-    carries = sum(_same_rank(eqn.outvars, body.outvars))
-    return sum(_same_rank(eqn.invars, body.invars)) - carries, carries
-
-
-def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
-    return [a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True)]
 
 
 def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:

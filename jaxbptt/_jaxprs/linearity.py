@@ -11,26 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxbptt._jaxprs.evaluate import CALLS, scan_counts
+from jaxbptt._compat import scan_counts
+from jaxbptt._jaxprs.primitives import BILINEAR, CALLS, IN_ALL, JOINT, LINEAR
 
-# Primitives linear in their first operand alone ...
-LINEAR = frozenset(
-    "broadcast_in_dim conj convert_element_type copy copy_p cumsum div dynamic_slice expand_dims "
-    "fft gather imag name neg pvary real reduce_precision reduce_sum reduce_window_sum reshape rev "
-    "select_and_scatter_add sharding_constraint slice split squeeze transpose".split()
-)
-# ... in each of two, or in this many of their first operands together.
-BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
-JOINT: dict[str, int | None] = {"complex": 2, "dynamic_update_slice": 2, "pad": 2, "sub": 2}
-JOINT |= {"concatenate": None, "stack": None}
-
-# In all operands: each output in its own, or in their sum.
-_IN_ALL = frozenset(
-    "add add_any all_gather all_gather_invariant all_gather_reduced all_to_all "
-    "optimization_barrier pcast pbroadcast ppermute psum psum2 psum_invariant psum_scatter "
-    "reduce_scatter reduced_vary_cast reshard unreduced_psum unreduced_reduce_scatter "
-    "vary_unreduced_cast".split()
-)
 # Here a rule of the user's own loses nothing: what it computes is only looked at.
 _CALLS = CALLS | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
@@ -110,7 +93,7 @@ def _is_known(name: str, kinds: _Kinds, outs: int) -> bool:
         return moving == 1
     if name in ("ragged_dot", "ragged_dot_general"):
         return moving == kinds[:2].count(MOVES) == 1
-    if name in _IN_ALL:
+    if name in IN_ALL:
         return FIXED not in kinds
     if name in JOINT:
         together = kinds[: JOINT[name]]

@@ -19,22 +19,11 @@ from jax.extend import core
 from jaxbptt._arrays import size_in_bytes
 from jaxbptt._jaxprs.cpu_products import bind_product
 from jaxbptt._jaxprs.evaluate import Atom, Bind, bind, evaluate, needed, values_of, variables
+from jaxbptt._jaxprs.primitives import MOVABLE
 
 Eqns = list[core.JaxprEqn]
 
 _ROWS = 8  # a product of more rows than this does not wait for its matrix
-
-# Pure, and with a rule for vmap.
-_MOVABLE = frozenset(
-    "abs add add_any and argmax argmin asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil "
-    "clamp concatenate conj convert_element_type copy cos cosh cumlogsumexp cummax cummin cumprod "
-    "cumsum digamma div dot_general dynamic_slice eq erf erf_inv erfc exp exp2 expand_dims expm1 "
-    "floor gather ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min "
-    "mul name ne neg not one_minus_square or pad pow real reduce_and reduce_max reduce_min "
-    "reduce_or reduce_prod reduce_sum rem reshape rev round rsqrt scatter-add select_n sign sin "
-    "sinh slice sort split sqrt square squeeze stop_gradient sub tan tanh top_k transpose "
-    "xor".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +160,7 @@ def _downstream(sources: Eqns, eqns: Eqns) -> Eqns:
 
 
 def _movable(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name in _MOVABLE and not eqn.effects
+    return eqn.primitive.name in MOVABLE and not eqn.effects
 
 
 def _waits(eqn: core.JaxprEqn, still: set) -> bool:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
-from jaxbptt._closure.closure import Mask, fill, pick
+from jaxbptt._closure.closure import combine, pick
+from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._types import PyTree, type_of
 
 
@@ -56,7 +57,7 @@ def judge(loss: Callable, y: PyTree, x: PyTree) -> Judged:
     mask = differentiable(y)
 
     def of(moving: list) -> tuple[jax.Array, PyTree]:
-        full = fill(mask, moving, pick(mask, leaves, False))
+        full = combine(mask, moving, pick(mask, leaves, False))
         return evaluate(loss, jax.tree.unflatten(treedef, full), x)
 
     value, pull, aux = jax.vjp(of, pick(mask, leaves), has_aux=True)

@@ -12,75 +12,89 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbptt._arrays import where_or_zero
 from jaxbptt._closure.closure import Closure
-from jaxbptt._closure.contract import where_or_zero
+from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.blocks import rows
 from jaxbptt._transforms.groups import Groups
-from jaxbptt._transforms.window_vjp import Window, dense_weights, densify, window_sums, zero_sums
+from jaxbptt._transforms.window_vjp import (
+    Arriving,
+    Wanted,
+    Window,
+    dense_weights,
+    densify,
+    window_sums,
+    zero_sums,
+)
 from jaxbptt._types import leaf_type
 from jaxbptt._windows import reach_of_rows
 
 
-def is_needed(closure: Closure, groups: Groups) -> bool:
+def is_needed(pullback: Pullback, groups: Groups) -> bool:
     """Whether chains have to be pulled back by themselves."""
     several = groups.chains > 1
     # In a gap between the chains a pullback would act that nobody asked for.
-    return (several and not closure.linear) or (closure.acts and (several or groups.gaps))
+    return (several and not pullback.is_linear) or (pullback.acts and (several or groups.gaps))
 
 
-def pull_chains(
-    closure: Closure,
-    stacks: list,
-    fixed: list,
-    groups: Groups,
-    reverse: bool,
-    ct_carry: list,
-    ct_ys: list,
-) -> tuple[list, list, list]:
+class ChainSums(NamedTuple):
+    """What the chains so far have sent back, half precisions in float32."""
+
+    weights: list
+    carry: list
+    xs: list  # in Chains, with rows of padding where the steps before the first would be
+
+
+def pull_chains(chains: "SeparateChains", ct_carry: list) -> ChainSums:
     """Cotangents of the weights, the initial carry and xs of a run, the last group's chain first.
 
     Args:
-        closure: the traced step, with the windows of `groups.parts` if there are any.
-        stacks: the recorded residuals, each (length, *residual.shape).
-        fixed: the residuals that are the same at all steps.
-        groups: which outputs reach which steps.
-        reverse: whether step 1 is the last row of the stacks.
+        chains: the recorded run, and the cotangents of its outputs.
         ct_carry: cotangent of the final carry.
-        ct_ys: cotangents of ys, each (length, *y.shape).
     """
-    length, every, kinds = groups.length, groups.every, closure.cotangents
-    run = _Run(closure, stacks, fixed, groups, reverse, ct_ys)
-    sums = run.zero_sums()
+    length, every, kinds = chains.groups.length, chains.groups.every, chains.closure.kinds
+    sums = chains.zero_sums()
     full, left_over = divmod(length, every)
     if left_over:
-        sums = run.with_chain(sums, jnp.int32(length), left_over, ct_carry)
+        sums = chains.with_chain(sums, jnp.int32(length), left_over, ct_carry)
 
-    def one(sums: _Sums, group: Any) -> tuple[_Sums, None]:
+    def one_group(sums: ChainSums, group: Any) -> tuple[ChainSums, None]:
         end = (group + 1) * every
         last = [where_or_zero(end == length, v) for v in ct_carry]
-        return run.with_chain(sums, end, every, last), None
+        return chains.with_chain(sums, end, every, last), None
 
-    sums, _ = lax_scan(one, sums, jnp.arange(full, dtype=jnp.int32), reverse=True)
-    begin = 0 if reverse else run.padding
+    sums, _ = lax_scan(one_group, sums, jnp.arange(full, dtype=jnp.int32), reverse=True)
+    begin = 0 if chains.reverse else chains.padding
     xs = [lax.slice_in_dim(v, begin, begin + length) for v in sums.xs]
-    return (
-        dense_weights(closure, sums.weights),
-        [v.astype(kind.dtype) for v, kind in zip(sums.carry, kinds["carry"], strict=True)],
-        [v.astype(kind.dtype) for v, kind in zip(xs, kinds["x"], strict=True)],
+    return ChainSums(
+        dense_weights(chains.closure, sums.weights),
+        [v.astype(kind.dtype) for v, kind in zip(sums.carry, kinds.carry, strict=True)],
+        [v.astype(kind.dtype) for v, kind in zip(xs, kinds.x, strict=True)],
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """A recorded run and what comes back into it; see `pull_chains`."""
+class SeparateChains:
+    """A recorded run and what comes back into it.
+
+    Attributes:
+        closure: the traced step.
+        residuals: the recorded ones, each (length, *residual.shape).
+        invariant: the residuals that are the same at all steps.
+        groups: which outputs reach which steps.
+        reverse: whether step 1 is the last row of the residuals.
+        ct_ys: cotangents of the leaves of ys that are asked for, each (length, *y.shape).
+        asked: which leaves these are, of those that are followed.
+    """
 
     closure: Closure
-    stacks: list
-    fixed: list
+    residuals: list
+    invariant: list
     groups: Groups
     reverse: bool
     ct_ys: list
+    asked: Mask
 
     @property
     def padding(self) -> int:
@@ -90,18 +104,18 @@ class _Run:
     @property
     def weights(self) -> list:
         """The types of the weights."""
-        return [*self.closure.cotangents["hoisted"], *self.closure.cotangents["params"]]
+        return [*self.closure.kinds.closed_over, *self.closure.kinds.params]
 
-    def zero_sums(self) -> "_Sums":
+    def zero_sums(self) -> ChainSums:
         """What no chain sends back."""
-        kinds, rows = self.closure.cotangents, self.groups.length + self.padding
-        return _Sums(
+        kinds, rows = self.closure.kinds, self.groups.length + self.padding
+        return ChainSums(
             zero_sums(self.weights),
-            zero_sums(kinds["carry"]),
-            zero_sums([leaf_type(kind).stacked(rows) for kind in kinds["x"]]),
+            zero_sums(kinds.carry),
+            zero_sums([leaf_type(kind).stacked(rows) for kind in kinds.x]),
         )
 
-    def with_chain(self, sums: "_Sums", end: Any, outputs: int, ct_carry: list) -> "_Sums":
+    def with_chain(self, sums: ChainSums, end: Any, outputs: int, ct_carry: list) -> ChainSums:
         """The sums with what the group of so many outputs sends back that ends at step `end`."""
         every, length = self.groups.every, self.groups.length
         windows = self.groups.window, *self.groups.parts
@@ -111,30 +125,23 @@ class _Run:
 
         def read(lag: Any) -> list:
             lag = jnp.minimum(lag, end - 1)  # the first step again, where there is none
-            return rows(self.stacks, newest + lag if self.reverse else newest - lag)
+            return rows(self.residuals, newest + lag if self.reverse else newest - lag)
 
-        window = Window(read, self.fixed, steps, jnp.minimum(end, steps), tuple(parts))
+        window = Window(read, self.invariant, steps, jnp.minimum(end, steps), tuple(parts))
         ct_ys = [_rows_up_to(v, newest, count, self.reverse) for v in self.ct_ys]
-        ct = window_sums(self.closure, window, ct_carry, ct_ys, count, keep_xs=True)
+        arriving = Arriving(ct_carry, ct_ys, count, self.asked)
+        ct = window_sums(self.closure, window, arriving, Wanted(closed_over=True, xs=True))
         # λ goes on into init where it was not cut before the first step.
         of_leaves = self.groups.parts or (self.groups.window,) * len(ct.carry)
         reached = [end <= reach_of_rows(w, outputs, every) for w in of_leaves]
         into_init = [where_or_zero(r, lam) for r, lam in zip(reached, ct.carry, strict=True)]
         start = newest if self.reverse else newest + 1 - steps + self.padding
         xs = [v if self.reverse else jnp.flip(v, 0) for v in ct.xs]
-        return _Sums(
+        return ChainSums(
             _added(sums.weights, densify(ct.weights, self.weights)),
             _added(sums.carry, into_init),
             [_added_at(total, start, v) for total, v in zip(sums.xs, xs, strict=True)],
         )
-
-
-class _Sums(NamedTuple):
-    """What the chains so far have sent back, half precisions in float32."""
-
-    weights: list
-    carry: list
-    xs: list  # with rows of padding where the steps before the first would be
 
 
 def _rows_up_to(stack: jax.Array, newest: Any, count: int, reverse: bool) -> jax.Array:

@@ -1,14 +1,15 @@
 """Cotangents at the border: checked when they come in, made whole when they go out."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, zeros
-from jaxbptt._closure.closure import Closure, Mask, fill, pick
+from jaxbptt._closure.closure import Closure, combine, pick
+from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
 _FLOAT0 = jax.dtypes.float0
@@ -37,14 +38,14 @@ def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list
     """How many steps `ct_ys` is for, and its differentiable leaves, each (rows, *y.shape)."""
     ct_ys = as_strong_arrays(ct_ys, "ct_ys")
     rows = _errors.rows_of(type_of(ct_ys), window)
-    y = type_of(closure.outputs.tree()[1])
+    y = type_of(closure.layout.outputs.tree()[1])
     return rows, _checked(y, ct_ys, "ct_ys", "of y, with an axis over steps in front", (rows,))
 
 
 def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
     """The differentiable leaves of `ct_carry`, which may be None for zero."""
     if ct_carry is None:
-        return [zeros(kind) for kind in closure.cotangents["carry"]]
+        return [zeros(kind) for kind in closure.kinds.carry]
     ct_carry = as_strong_arrays(ct_carry, "ct_carry")
     return _checked(type_of(carry), ct_carry, "ct_carry", "of the carry")
 
@@ -53,7 +54,7 @@ def with_float0(mask: Mask, cts: list, primal: PyTree, rows: tuple[int, ...] = (
     """Cotangents in the structure of `primal`, float0 where nothing can flow."""
     leaves, treedef = jax.tree.flatten(primal)
     empty = [np.zeros((*rows, *leaf.shape), _FLOAT0) for leaf in pick(mask, leaves, False)]
-    return jax.tree.unflatten(treedef, fill(mask, cts, empty))
+    return jax.tree.unflatten(treedef, combine(mask, cts, empty))
 
 
 def _checked(primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[int] = ()) -> list:
@@ -74,3 +75,30 @@ def _checked(primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[in
     return [
         v for v, leaf in zip(jax.tree.leaves(ct), primal.leaves, strict=True) if leaf.differentiable
     ]
+
+
+# ------------------------------------------------------------ what a `custom_vjp` rule is given
+
+
+def _is_primal(value: Any) -> bool:
+    return isinstance(value, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def primal_values(args: PyTree) -> PyTree:
+    """The values of what the forward rule is given, which says of each whether it is perturbed."""
+    return jax.tree.map(lambda v: v.value, args, is_leaf=_is_primal)
+
+
+def without_symbolic(cts: list, kinds: list) -> list:
+    """Cotangents with arrays of zeros where nobody asked for the gradient."""
+    return [zeros(k) if is_symbolic_zero(v) else v for v, k in zip(cts, kinds, strict=True)]
+
+
+def with_none(followed: Mask, cts: list) -> list:
+    """The cotangents of all leaves, None for those that gradients do not flow through."""
+    return combine(followed, cts, [None] * (len(followed) - len(cts)))
+
+
+def is_symbolic_zero(ct: Any) -> bool:
+    """Whether nobody asked for the gradient of an output."""
+    return isinstance(ct, jax.custom_derivatives.SymbolicZero)

@@ -1,7 +1,7 @@
 """`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,17 @@ from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, zeros
-from jaxbptt._closure.closure import Closure, fill, pick, trace
+from jaxbptt._closure.closure import Closure, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
-from jaxbptt._transforms.cotangents import Cotangents, with_float0
+from jaxbptt._closure.pullbacks import Mask
+from jaxbptt._transforms.cotangents import (
+    Cotangents,
+    is_symbolic_zero,
+    primal_values,
+    with_float0,
+    with_none,
+    without_symbolic,
+)
 from jaxbptt._transforms.tape import (
     Settings,
     Tape,
@@ -25,6 +33,8 @@ from jaxbptt._transforms.tape import (
     x_struct,
 )
 from jaxbptt._transforms.window_vjp import (
+    Arriving,
+    Wanted,
     given_window,
     padded,
     pull_newest_x,
@@ -33,10 +43,6 @@ from jaxbptt._transforms.window_vjp import (
 )
 from jaxbptt._types import LeafType, PyTree, StepFn, type_of
 from jaxbptt._windows import Windows
-
-Leaves = dict[str, list]  # leaves by group
-
-_GROUPS = ("hoisted", "params", "x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +153,15 @@ class Recorder:
         _errors.is_tape(tape, Tape)
         params, x = as_strong_arrays(params, "params"), x_struct(tape)
         closure, tape = closure_for(self, params, tape, x)
-        window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
-        ct = pull_window(closure.explicit_only(), window, lam, ct_ys, rows, keep_xs=True)
-        xs = [jnp.flip(padded(v, closure.window - window.steps), 0) for v in ct.xs]
+        window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
+        ct = pull_window(closure, window, arriving, Wanted(closed_over=False, xs=True))
+        of_params = ct.weights[len(closure.kinds.closed_over) :]
+        length, followed = closure.layout.window, closure.layout.followed
+        xs = [jnp.flip(padded(v, length - window.steps), 0) for v in ct.xs]
         return Cotangents(
-            with_float0(closure.masks["params"], closure.by_group(ct.weights)["params"], params),
-            with_float0(closure.masks["carry"], ct.carry, tape.carry),
-            with_float0(closure.masks["x"], xs, x, (closure.window,)),
+            with_float0(followed.params, of_params, params),
+            with_float0(followed.carry, ct.carry, tape.carry),
+            with_float0(followed.x, xs, x, (length,)),
         )
 
     def due(self, tape: Tape) -> jax.Array:
@@ -290,7 +298,7 @@ def _blank_tape(
     recorder: Recorder, closure: Closure, params: PyTree, carry: PyTree, x: PyTree
 ) -> Tape:
     settings = Settings(
-        closure.window,
+        closure.layout.window,
         recorder.windows,
         recorder.every,
         recorder.weights,
@@ -308,10 +316,10 @@ def record_step(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     params = as_strong_arrays(params, "params")
     closure, tape = closure_for(recorder, params, tape, x)
     leaves = [jax.tree.leaves(tree) for tree in (params, tape.carry, x)]
-    (carry, y, _), residuals, _ = closure.forward(*leaves)
-    if recorder.weights == "replayed":
-        residuals = [*leaves[1], *leaves[2]]
-    return push(tape, carry, residuals), y
+    made = closure.run(*leaves)
+    replays = recorder.weights == "replayed"
+    recorded = [*leaves[1], *leaves[2]] if replays else made.recorded
+    return push(tape, made.step[0], recorded), made.step[1]
 
 
 # ------------------------------------------------------------ one call and its reverse mode
@@ -323,68 +331,89 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
     Every array is an argument of the `custom_vjp`, what the step closes over included:
     a tracer that is only closed over would get no gradient, or outlive its trace.
     """
-    groups = {"hoisted": closure.consts["hoisted"]}
-    groups |= {"params": jax.tree.leaves(params), "x": jax.tree.leaves(x)}
-    masks = closure.masks
-    moving = {name: pick(masks[name], leaves) for name, leaves in groups.items()}
-    still = {name: pick(masks[name], leaves, False) for name, leaves in groups.items()}
     every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
-    programs = {name: value for name, value in closure.consts.items() if name != "hoisted"}
-    closure = closure.bind({})  # what the rules close over outlives this trace: no array of it
 
-    def run(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, list]:
-        args = {name: fill(masks[name], moving[name], still[name]) for name in moving}
-        bound = closure.bind(consts | {"hoisted": args["hoisted"]})
-        carry_leaves = jax.tree.leaves(tape.carry)
-        (carry, y, aux), recorded, fixed = bound.forward(args["params"], carry_leaves, args["x"])
-        recorded = [*carry_leaves, *args["x"]] if replays else recorded
-        return (push(tape, carry, recorded), y, aux), fixed
+    def run(closed_over: list, params: list, x: list, rest: tuple[Tape, Closure]) -> Any:
+        tape, closure = rest
+        bound = dataclasses.replace(closure, closed_over=closed_over)
+        carry = jax.tree.leaves(tape.carry)
+        made = bound.run(params, carry, x)
+        new_carry, y, aux = made.step
+        return push(tape, new_carry, [*carry, *x] if replays else made.recorded), y, aux
 
-    @jax.custom_vjp
-    def recorded_step(*args: Any) -> Any:
-        return run(*args)[0]
+    recorded_step = jax.custom_vjp(run)
 
-    def forward(moving: Leaves, still: Leaves, tape: Tape, consts: Leaves) -> tuple[Any, Any]:
-        y = type_of(closure.outputs.tree()[1])
+    def forward(*args: Any) -> tuple[Any, _Saved]:
+        y = type_of(closure.layout.outputs.tree()[1])
         if every > 1 and not (len(y.leaves) == 1 and _is_scalar(y.leaves[0])):
             raise _errors.loss_not_scalar(y, every)
-        outs, fixed = run(moving, still, tape, consts)
-        again = (moving, still) if replays else None  # the parameters to run the window with
-        return outs, (outs[0], fixed, consts, again)
+        asked = tuple(v.perturbed for v in args[0])
+        closed_over, params, x, rest = primal_values(args)
+        outs = run(closed_over, params, x, rest)
+        bound = dataclasses.replace(rest[1], closed_over=closed_over)
+        invariant = bound.invariant(params)
+        # Only to run the window again are the parameters needed after this.
+        bound = bound if replays else dataclasses.replace(bound, closed_over=[])
+        return outs, _Saved(outs[0], bound, params if replays else [], invariant, asked)
 
-    def backward(saved: Any, cts: Any) -> tuple[Leaves, None, None, None]:
-        tape, fixed, consts, again = saved
+    def backward(saved: _Saved, cts: Any) -> tuple[list | None, ...]:
+        followed, kinds = saved.closure.layout.followed, saved.closure.kinds
         ct_tape, ct_y, _ = cts
-        ct_carry = pick(masks["carry"], jax.tree.leaves(ct_tape.carry))
-        ct_y = pick(masks["y"], jax.tree.leaves(ct_y))
-        params = []
-        if again:
-            args = [fill(masks[g], again[0][g], again[1][g]) for g in ("hoisted", "params")]
-            consts, params = consts | {"hoisted": args[0]}, args[1]
-        bound = closure.bind(consts)
-        return _pull_group(bound, tape, params, fixed, ct_carry, ct_y), None, None, None
+        of_carry = pick(followed.carry, jax.tree.leaves(ct_tape.carry))
+        of_y = pick(saved.closure.layout.followed_y, jax.tree.leaves(ct_y))
+        lam = without_symbolic(of_carry, kinds.carry)
+        ct = _pull_group(saved, lam, of_y)
+        groups = followed.closed_over, followed.params, followed.x
+        return *map(with_none, groups, ct), None
 
-    recorded_step.defvjp(forward, backward)
-    return recorded_step(moving, still, tape, programs)
+    recorded_step.defvjp(forward, backward, symbolic_zeros=True)
+    apart = dataclasses.replace(closure, closed_over=[])
+    leaves = jax.tree.leaves(params), jax.tree.leaves(x)
+    return recorded_step(closure.closed_over, *leaves, (tape, apart))
 
 
-def _pull_group(
-    closure: Closure, tape: Tape, params: list, fixed: list, ct_carry: list, ct_y: list
-) -> dict[str, list]:
-    """Cotangents of hoisted, params and x for the group that the newest step ends, or zeros."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a call leaves for its reverse mode."""
+
+    tape: Tape  # after the step
+    closure: Closure
+    params: list  # to run the window again with
+    invariant: list
+    asked: Mask = dataclasses.field(metadata={"static": True})  # closed-over arrays with a gradient
+
+
+class _GroupCotangents(NamedTuple):
+    """Cotangents of what a call was given, in followed leaves."""
+
+    closed_over: list
+    params: list
+    x: list
+
+
+def _pull_group(saved: _Saved, ct_carry: list, ct_y: list) -> _GroupCotangents:
+    """The cotangents for the group that the newest step ends, or zeros."""
+    closure, tape, kinds = saved.closure, saved.tape, saved.closure.kinds
     every = settings_of(tape).every
-    rows = min(every, closure.window)
+    rows = min(every, closure.layout.window)
+    asked = tuple(not is_symbolic_zero(v) for v in ct_y)
+    of_y = pick(asked, ct_y)
 
-    def back() -> dict[str, list]:
-        window = tape_window(closure, tape, params, fixed, rows)
-        ct_ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in ct_y]
-        ct = pull_window(closure, window, ct_carry, ct_ys, rows, keep_xs=False)
-        x = pull_newest_x(closure, window, ct_carry, ct_y)
-        return closure.by_group(ct.weights) | {"x": x}
+    def back() -> _GroupCotangents:
+        window = tape_window(closure, tape, saved.params, saved.invariant, rows)
+        ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in of_y]
+        wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=False)
+        ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)
+        x = pull_newest_x(closure, window, ct_carry, of_y, asked)
+        n = len(kinds.closed_over)
+        return _GroupCotangents(ct.weights[:n], ct.weights[n:], x)
 
     if every == 1:
         return back()
-    nothing = {group: [zeros(k) for k in closure.cotangents[group]] for group in _GROUPS}
+    nothing = _GroupCotangents(
+        *(list(map(zeros, k)) for k in (kinds.closed_over, kinds.params, kinds.x))
+    )
     return lax.cond(is_due(tape), back, lambda: nothing)
 
 

@@ -1,5 +1,6 @@
 """`scan`: `lax.scan` with a truncated reverse mode."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,18 +11,23 @@ from jax.extend import core
 
 from jaxbptt import _errors
 from jaxbptt._arrays import struct_like
-from jaxbptt._closure.closure import Closure, differentiable, fill, pick, trace
-from jaxbptt._compat import lax_scan
-from jaxbptt._jaxprs.evaluate import bind, is_reference, scan_counts
+from jaxbptt._closure.closure import Closure, close, pick
+from jaxbptt._closure.pullbacks import Inputs, Mask
+from jaxbptt._closure.step import refuse_references
+from jaxbptt._compat import lax_scan, scan_counts
+from jaxbptt._jaxprs.dependence import reached, with_carry
+from jaxbptt._jaxprs.evaluate import bind, has_references, is_reference
+from jaxbptt._transforms.cotangents import (
+    is_symbolic_zero,
+    primal_values,
+    with_none,
+    without_symbolic,
+)
 from jaxbptt._transforms.groups import Groups
-from jaxbptt._transforms.scan_backward import Run, pull_run
+from jaxbptt._transforms.scan_backward import RecordedRun, pull_run
 from jaxbptt._transforms.scan_forward import record_run
-from jaxbptt._types import PyTree, type_of
+from jaxbptt._types import PyTree, leaf_type, type_of
 from jaxbptt._windows import RandomWindow, Windows
-
-Leaves = dict[str, list]  # leaves by group
-
-_GROUPS = ("hoisted", "carry", "x")
 
 
 def scan(
@@ -114,11 +120,11 @@ def scan(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
+    cut = _Cut(windows, every, drawn)
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         is_loop = eqn.primitive.name == "scan"
-        cut = windows, every, drawn
-        outs = _truncated(eqn, values, *cut) if is_loop else bind(eqn, values)
+        outs = _truncated(eqn, values, cut) if is_loop else bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
     return jax.tree.unflatten(jax.tree.structure(shapes), [read(v) for v in closed.jaxpr.outvars])
 
@@ -146,87 +152,98 @@ def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], *, ys_too
     return step
 
 
-def _truncated(
-    eqn: core.JaxprEqn,
-    values: list,
-    windows: Windows | None,
-    every: int,
-    drawn: RandomWindow | None,
-) -> list:
-    """The equation of a scan, with a derivative of its own; no windows: nothing is cut off."""
-    body, length = eqn.params["jaxpr"], eqn.params["length"]
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How far back a run is differentiated; no windows and nothing drawn: all the way."""
+
+    windows: Windows | None
+    every: int
+    drawn: RandomWindow | None
+
+    def groups(self, length: int, followed: Mask, *, linear: bool) -> Groups:
+        """Which outputs reach which steps.
+
+        Args:
+            length: how many steps there are.
+            followed: which leaves of the carry gradients flow through.
+            linear: whether the pullback is known to be linear, so that groups may go back as one.
+        """
+        most = max(length, 1) + self.every - 1  # there are no more steps to reach
+        steps = [min(w, most) for w in self.windows.steps] if self.windows else [most]
+        by_leaf = pick(followed, steps) if self.windows and followed else []
+        together = linear or not self.windows
+        return Groups.of(length, by_leaf or [max(steps)], self.every, together=together)
+
+
+def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
+    """The equation of a scan, with a derivative of its own.
+
+    Only when it is differentiated is a derivative traced, and then of what is perturbed alone.
+    Every array is an argument of the `custom_vjp`: one only closed over gets no gradient.
+    """
+    if not cut.windows and not cut.drawn and any(map(is_reference, eqn.invars)):
+        return bind(eqn, values)  # a derivative of our own can't write to references: JAX's does
+    refuse_references(eqn.invars)
+    length, reverse = eqn.params["length"], eqn.params["reverse"]
     n_consts, n_carry = scan_counts(eqn)
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
-    if not windows and not drawn and any(map(is_reference, eqn.invars)):
-        return bind(eqn, values)  # a derivative of our own can't write to references: JAX's does
-    xs = values[n_consts + n_carry :]
-
-    def step(_: PyTree, carry: list, x: list) -> tuple[list, list]:
-        outs = core.jaxpr_as_fun(body)(*consts, *carry, *x)
-        return outs[:n_carry], outs[n_carry:]
-
-    leaves = [struct_like(v.aval) for v in body.jaxpr.invars[n_consts:]]
-    carry, x = leaves[:n_carry], leaves[n_carry:]
-    most = max(length, 1) + every - 1  # there are no more steps to reach
-    steps = [min(w, most) for w in windows.steps] if windows else [most]
-    by_leaf = pick(differentiable(carry), steps) if windows and n_carry else []
-    by_leaf = by_leaf or [max(steps)]
-    groups = Groups.of(length, by_leaf, every)
-    # Of a single chain the parts that are over are masked, not left out of a program.
-    parts = Windows.of(steps if groups.parts and (groups.chains > 1 or groups.gaps) else 1)
-    closure = trace(step, (), carry, x, stored=False, has_aux=False, windows=parts)
-    if windows and not closure.linear:
-        groups = Groups.of(length, by_leaf, every, together=False)
-    factors = None if drawn is None else drawn.factors(length)
-    return _call(closure, eqn, consts, init, xs, groups, factors)
-
-
-def _call(
-    closure: Closure,
-    eqn: core.JaxprEqn,
-    consts: list,
-    init: list,
-    xs: list,
-    groups: Groups,
-    factors: jax.Array | None,
-) -> list:
-    """Every array is an argument of the `custom_vjp`: one only closed over gets no gradient."""
-    masks, reverse, n = closure.masks, eqn.params["reverse"], len(init)
-    leaves = {"hoisted": closure.consts["hoisted"], "carry": init, "x": xs}
-    moving = {name: pick(masks[name], leaves[name]) for name in _GROUPS}
-    still = {name: pick(masks[name], leaves[name], False) for name in _GROUPS}
-    programs = {name: value for name, value in closure.consts.items() if name != "hoisted"}
-    closure = closure.bind({})  # what the rules close over outlives this trace: no array of it
 
     @jax.custom_vjp
-    def run(
-        moving: Leaves, still: Leaves, programs: Leaves, consts: list, _: jax.Array | None
-    ) -> list:
-        args = {g: fill(masks[g], moving[g], still[g]) for g in _GROUPS}
-        return bind(eqn, [*consts, *args["carry"], *args["x"]])
+    def run(consts: list, init: list, xs: list, factors: jax.Array | None) -> list:
+        return bind(eqn, [*consts, *init, *xs])
 
-    def forward(
-        moving: Leaves, still: Leaves, programs: Leaves, consts: list, factors: jax.Array | None
-    ) -> tuple[list, Any]:
-        args = {g: fill(masks[g], moving[g], still[g]) for g in _GROUPS}
-        bound = closure.bind(programs | {"hoisted": args["hoisted"]})
-        carry, ys, stacks = record_run(
-            bound,
-            args["carry"],
-            args["x"],
-            groups.length,
-            reverse=reverse,
-            unroll=eqn.params["unroll"],
+    def forward(*args: Any) -> tuple[list, Any]:
+        perturbed = [v.perturbed for group in args[:3] for v in group]
+        consts, init, xs, factors = primal_values(args)
+        closure = _closure_of(eqn, perturbed)
+        bound = dataclasses.replace(closure, closed_over=consts)
+        recorded = record_run(bound, init, xs, length, reverse=reverse, unroll=eqn.params["unroll"])
+        saved = closure, recorded.residuals, bound.invariant([]), factors
+        return [*recorded.carry, *recorded.ys], saved
+
+    def backward(saved: Any, cts: list) -> tuple[list | None, ...]:
+        closure, residuals, invariant, factors = saved
+        layout = closure.layout
+        ct_ys = pick(layout.followed_y, cts[n_carry:])
+        asked = tuple(not is_symbolic_zero(v) for v in ct_ys)
+        linear = closure.pullback(y=asked).is_linear
+        groups = cut.groups(length, layout.followed.carry, linear=linear)
+        ct = pull_run(
+            RecordedRun(closure, asked, residuals, invariant, groups, factors, reverse),
+            without_symbolic(pick(layout.followed.carry, cts[:n_carry]), closure.kinds.carry),
+            pick(asked, ct_ys),
         )
-        return [*carry, *ys], (stacks, bound.derive([]), programs, factors)
+        followed = layout.followed.closed_over, layout.followed.carry, layout.followed.x
+        of_consts = ct.weights, ct.carry, ct.xs
+        return *map(with_none, followed, of_consts), None
 
-    def backward(saved: Any, cts: list) -> tuple[Leaves, None, None, None, None]:
-        stacks, fixed, programs, factors = saved
-        ct_carry, ct_ys = pick(masks["carry"], cts[:n]), pick(masks["y"], cts[n:])
-        recorded = Run(stacks, fixed, groups, factors, reverse)
-        weights, carry, xs = pull_run(closure.bind(programs), recorded, ct_carry, ct_ys)
-        hoisted = closure.by_group(weights)["hoisted"]
-        return {"hoisted": hoisted, "carry": carry, "x": xs}, None, None, None, None
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    factors = None if cut.drawn is None else cut.drawn.factors(length)
+    return run(consts, init, values[n_consts + n_carry :], factors)
 
-    run.defvjp(forward, backward)
-    return run(moving, still, programs, consts, factors)
+
+def _closure_of(eqn: core.JaxprEqn, perturbed: list[bool]) -> Closure:
+    """The closure of a loop's body, in which gradients flow through what is perturbed.
+
+    It does not hold the arrays that the body closes over, which are there when the loop runs.
+    """
+    body, (n_consts, n_carry) = eqn.params["jaxpr"], scan_counts(eqn)
+    n = n_consts + n_carry
+    flags = with_carry(body.jaxpr, perturbed, slice(n_consts, n))
+    structs = [struct_like(v.aval) for v in body.jaxpr.invars]
+    inputs, followed = (
+        Inputs(tuple(vs[:n_consts]), (), tuple(vs[n_consts:n]), tuple(vs[n:]))
+        for vs in (structs, flags)
+    )
+    outs = [leaf_type(v.aval) for v in body.jaxpr.outvars]
+    closure = close(
+        lambda leaves: core.jaxpr_as_fun(body)(*leaves),
+        inputs,
+        type_of((outs[:n_carry], outs[n_carry:], None)),
+        followed,
+        tuple(reached(body.jaxpr, flags)[n_carry:]),
+        windows=[1] * n_carry,
+        stored=False,
+        references=has_references(body.jaxpr, deep=True),
+    )
+    return dataclasses.replace(closure, closed_over=[])

@@ -7,39 +7,44 @@ so that the emitted operands never take more than a fraction of what the residua
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbptt._arrays import size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure
-from jaxbptt._closure.contract import Split
+from jaxbptt._closure.contraction import Contraction
+from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._jaxprs.blocks import block_of, block_size, in_blocks, rows
 from jaxbptt._jaxprs.evaluate import ZERO, drop, merge, variables
 from jaxbptt._jaxprs.loop_fission import Stages, divide
 from jaxbptt._jaxprs.stacks import scan_stacking
-from jaxbptt._transforms.chain_by_chain import is_needed, pull_chains
+from jaxbptt._transforms.chain_by_chain import SeparateChains, is_needed, pull_chains
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_chains import Chains, select
 from jaxbptt._transforms.window_vjp import dense_weights, densify
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A recorded run.
+class RecordedRun:
+    """A recorded run, and how it is pulled back.
 
     Attributes:
-        stacks: the recorded residuals, each (length, *residual.shape).
-        fixed: the residuals that are the same at all steps.
+        closure: the traced step.
+        asked: which of the followed leaves of y have a cotangent.
+        residuals: the recorded ones, each (length, *residual.shape).
+        invariant: the residuals that are the same at all steps.
         groups: which outputs reach which steps.
         factors: what λ is multiplied by as it enters each step, in the order of the steps, or
             None. Only where one chain reaches all steps.
-        reverse: whether step 1 is the last row of the stacks.
+        reverse: whether step 1 is the last row of the residuals.
     """
 
-    stacks: list
-    fixed: list
+    closure: Closure
+    asked: Mask
+    residuals: list
+    invariant: list
     groups: Groups
     factors: jax.Array | None
     reverse: bool
@@ -49,82 +54,100 @@ class Run:
         return jax.vmap(lambda place: self.groups.reached(self.step(place)))(places)
 
     def step(self, place: Any) -> Any:
-        """Of a row of the stacks, the number of its step, from 1."""
+        """Of a row of the residuals, the number of its step, from 1."""
         return self.groups.length - place if self.reverse else place + 1
 
 
-def pull_run(closure: Closure, run: Run, ct_carry: list, ct_ys: list) -> tuple[list, list, list]:
-    """Cotangents of the weights, the initial carry and xs of a run.
+class RunCotangents(NamedTuple):
+    """Cotangents of what a run was given, in followed leaves."""
+
+    weights: list
+    carry: list  # of the initial one
+    xs: list
+
+
+def pull_run(run: RecordedRun, ct_carry: list, ct_ys: list) -> RunCotangents:
+    """Pulls a run back.
 
     Args:
-        closure: the traced step.
         run: the recorded run.
         ct_carry: cotangent of the final carry.
-        ct_ys: cotangents of ys, each (length, *y.shape).
+        ct_ys: cotangents of the leaves of ys that are asked for, each (length, *y.shape).
     """
-    groups, kinds = run.groups, closure.cotangents
+    groups, kinds = run.groups, run.closure.kinds
     if not groups.length:
-        no_xs = [jnp.zeros((0, *kind.shape), kind.dtype) for kind in kinds["x"]]
-        return [zeros(kind) for kind in (*kinds["hoisted"], *kinds["params"])], ct_carry, no_xs
-    if is_needed(closure, groups):
-        return pull_chains(closure, run.stacks, run.fixed, groups, run.reverse, ct_carry, ct_ys)
-    sweep = _Sweep.of(closure, run, [*run.stacks, *ct_ys])
+        no_xs = [jnp.zeros((0, *kind.shape), kind.dtype) for kind in kinds.x]
+        weights = [zeros(kind) for kind in (*kinds.closed_over, *kinds.params)]
+        return RunCotangents(weights, ct_carry, no_xs)
+    if is_needed(run.closure.pullback(y=run.asked), groups):
+        chains = SeparateChains(
+            run.closure, run.residuals, run.invariant, groups, run.reverse, ct_ys, run.asked
+        )
+        return RunCotangents(*pull_chains(chains, ct_carry))
+    sweep = _Sweep.of(run, [*run.residuals, *ct_ys])
     block = sweep.block()
-    contracted = None if block == groups.length else sweep.split.zero_contractions()
-    state = sweep.chains.at_the_end(ct_carry), sweep.split.zero_sums(), contracted
+    contracted = None if block == groups.length else sweep.contraction.zero_contractions()
+    state = sweep.chains.at_the_end(ct_carry), sweep.contraction.zero_sums(), contracted
     (lam, sums, contracted), xs = in_blocks(
         sweep.block_of_steps,
         state,
         groups.length,
         block,
-        kinds["x"],
+        kinds.x,
         first=72,
         descending=not run.reverse,
     )
-    unvaried = closure.unvaried(sweep.split, run.fixed)
-    weights = sweep.split.finish(closure.consts["pull"], unvaried, contracted, sums)
-    return dense_weights(closure, weights), sweep.chains.at_the_start(lam), xs
+    weights = sweep.contraction.finish(run.invariant, contracted, sums)
+    return RunCotangents(dense_weights(run.closure, weights), sweep.chains.at_the_start(lam), xs)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sweep:
     """The loop over the steps, in blocks; its state is λ of each chain and the sums."""
 
-    closure: Closure
-    run: Run
+    run: RecordedRun
     stacks: list  # of what differs from step to step: recorded residuals, then ȳ
-    split: Split
+    contraction: Contraction
     stages: Stages
     env: dict[Any, Any]
     chains: Chains
 
     @classmethod
-    def of(cls, closure: Closure, run: Run, stacks: list) -> "_Sweep":
-        single = run.groups.chains == 1
-        split = closure.split("pull", ("carry", "x") if single else ("x",))
-        invars, n = split.jaxpr.invars, len(closure.cotangents["carry"])
-        after_fixed = len(run.stacks) + len(run.fixed)
-        rows, fixed = invars[: len(run.stacks)], invars[len(run.stacks) : after_fixed]
-        rows, state = rows + invars[after_fixed + n :], invars[after_fixed : after_fixed + n]
-        known = (*split.jaxpr.constvars, *fixed), (*closure.consts["pull"], *run.fixed)
-        env = dict(zip(*known, strict=True))
+    def of(cls, run: RecordedRun, stacks: list) -> "_Sweep":
+        pullback, single = run.closure.pullback(y=run.asked), run.groups.chains == 1
+        outputs, n = pullback.outputs, len(pullback.outputs.carry)
+        contraction = pullback.divide(
+            [*outputs.closed_over, *outputs.params],
+            [*(outputs.carry if single else []), *outputs.x],
+        )
+        # Recorded residuals and ȳ differ from step to step; λ is what the step before has made.
+        jaxpr, recorded, end = pullback.program.jaxpr, pullback.recorded, pullback.residuals
+        rows = jaxpr.invars[:recorded] + jaxpr.invars[end + n :]
+        state = jaxpr.invars[end : end + n]
+        constants = *jaxpr.constvars, *contraction.invariant
+        env = dict(zip(constants, (*pullback.program.consts, *run.invariant), strict=True))
+        # λ of a single chain is made in the loop's body; several are pulled back apart from it.
         n = n if single else 0
-        now = [*drop(split.outs[:n], split.outs[:n]), *split.terms]
-        later = [*drop(split.outs[n:], split.outs[n:]), *split.emitted]
-        stages = divide(split.at_lag, env, rows, state, now, later)
-        return cls(closure, run, stacks, split, stages, env, Chains(closure, run.groups, run.fixed))
+        now = [*drop(contraction.outs[:n], contraction.outs[:n]), *contraction.summands]
+        later = [*drop(contraction.outs[n:], contraction.outs[n:]), *contraction.operands]
+        stages = divide(contraction.in_loop, env, rows, state, now, later)
+        chains = Chains(run.closure, pullback, run.groups, run.invariant)
+        return cls(run, stacks, contraction, stages, env, chains)
 
     def block(self) -> int:
-        """How many steps' operands are emitted before they are contracted."""
+        """How many steps' operands are stacked before they are contracted."""
         length = self.run.groups.length
-        weights = size_in_bytes(v.aval for v in variables(self.split.weights))
-        kept = self.stages.later[: len(self.stages.later) - len(self.split.emitted)]
-        held, spared = size_in_bytes(self.stacks) + weights, self.closure.spared * length
+        weights = size_in_bytes(v.aval for v in variables(self.contraction.weights))
+        kept = self.stages.later[: len(self.stages.later) - len(self.contraction.operands)]
+        held, remade = (
+            size_in_bytes(self.stacks) + weights,
+            self.run.closure.layout.remade_bytes * length,
+        )
         return block_size(
             length,
             self.stages.temporaries(kept),
             held,
-            spared,
+            remade,
             copied=self.stages.rows_read() + size_in_bytes(v.aval for v in variables(kept)),
             in_parts=weights,
         )
@@ -147,12 +170,12 @@ class _Sweep:
         later = self.stages.behind(self.env, these, early, cut, size)
         if self.run.groups.gaps:
             later = [select(self.run.reached(places), v) for v in later]
-        n = len(later) - len(self.split.emitted)
-        made = self.split.contract(later[n:])
+        n = len(later) - len(self.contraction.operands)
+        made = self.contraction.contract(later[n:])
         if contracted is not None:
             made = [total + v for total, v in zip(contracted, made, strict=True)]
-        kinds = self.closure.cotangents["x"]
-        marks = self.split.outs[len(self.split.outs) - len(kinds) :]
+        kinds = self.run.closure.kinds.x
+        marks = self.contraction.outs[len(self.contraction.outs) - len(kinds) :]
         xs = [
             jnp.broadcast_to(zeros(kind), (size, *kind.shape)) if v is ZERO else v
             for v, kind in zip(merge(later[:n], marks), kinds, strict=True)
@@ -167,14 +190,14 @@ class _Sweep:
         if self.run.factors is not None:
             lam = [_scale_or_zero(self.run.factors[step - 1], v) for v in lam]
         outs, cut = self.stages.trip(self.env, self.chains.total(lam), values, early)
-        n = len(outs) - len(self.split.terms)
+        n = len(outs) - len(self.contraction.summands)
         live = groups.reached(step) if groups.gaps else True
-        sums = self.split.add(sums, outs[n:], live)
+        sums = self.contraction.add(sums, outs[n:], live)
         if groups.chains > 1:
             lam = self.chains.pull(values, lam, step)
         else:
-            older = merge(outs[:n], self.split.outs[: len(lam)])
-            lam = densify(older, self.closure.cotangents["carry"])
+            older = merge(outs[:n], self.contraction.outs[: len(lam)])
+            lam = densify(older, self.run.closure.kinds.carry)
         return (lam, sums), cut
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbptt._closure.closure import Closure
-from jaxbptt._closure.contract import where_or_zero
-from jaxbptt._closure.pullbacks import name_of
+from jaxbptt._arrays import where_or_zero
+from jaxbptt._closure.closure import Closure, pick
+from jaxbptt._closure.pullbacks import Pullback
 from jaxbptt._jaxprs.evaluate import bind
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.window_vjp import densify
@@ -26,13 +26,14 @@ class Chains:
     """The chains of a run; where there is one, λ has no axis for it."""
 
     closure: Closure
+    pullback: Pullback  # of the outputs that have a cotangent
     groups: Groups
-    fixed: list  # the residuals that are the same at all steps
+    invariant: list  # the residuals that are the same at all steps
 
     @property
     def windows(self) -> list[int]:
         """The window of each leaf of λ."""
-        one = [self.groups.window] * len(self.closure.cotangents["carry"])
+        one = [self.groups.window] * len(self.closure.kinds.carry)
         return list(self.groups.parts) or one
 
     @property
@@ -82,47 +83,54 @@ class Chains:
         """
         if not lam:
             return []  # there is no carry to follow, and nothing to batch over
-        counts, n = [len(v) for v in lam], len(self.closure.slot)
-        residuals, ct_y = [*values[:n], *self.fixed], values[n:]
+        counts, n = [len(v) for v in lam], self.pullback.recorded
+        residuals, ct_y = [*values[:n], *self.invariant], values[n:]
         own = self._ages(step)[counts.index(max(counts))] == 0
         ends = sorted(set(counts))
         pulled: list[list] = [[] for _ in lam]
         for start, end in zip([0, *ends], ends, strict=False):
-            there = [v[start:end] if n > start else None for v, n in zip(lam, counts, strict=True)]
+            # Chains of these ages have the leaves of λ whose window is that long.
+            alive = [count > start for count in counts]
+            there = [v[start:end] for v in pick(alive, lam)]
             if start == 0:
                 older = self._youngest(residuals, there, ct_y, own[:end])
             else:
-                over = self.closure.over_at(start, counts)
-                older = self._pulled(name_of(False, over), residuals, there)
-            for rows, v, alive in zip(pulled, older, there, strict=True):
-                rows += [] if alive is None else [v]
+                pullback = self.closure.pullback(carry=alive, y=False)
+                older = self._pulled(pullback, alive, residuals, there)
+            for rows, v in zip(pick(alive, pulled), older, strict=True):
+                rows.append(v)
         return [rows[0] if len(rows) == 1 else jnp.concatenate(rows) for rows in pulled]
 
     def _youngest(self, residuals: list, lam: list, ct_y: list, own: jax.Array) -> list:
         """λ of the chains that have all parts; the step's own takes ȳ in."""
-        if self.closure.indifferent_to_y:
+        every = [True] * len(lam)
+        without_y = self.closure.pullback(y=False)
+        if self.pullback.heavy == without_y.heavy:
             of_own = [select(own, v[None]) for v in ct_y]
-            return self._pulled("pull", residuals, lam, of_own)
-        older = self._pulled("pull_carry", residuals, lam)
-        present = self._pull("pull", residuals, [jnp.zeros_like(v[0]) for v in lam], ct_y)
+            return self._pulled(self.pullback, every, residuals, lam, of_own)
+        older = self._pulled(without_y, every, residuals, lam)
+        no_lam = [jnp.zeros_like(v[0]) for v in lam]
+        present = self._pull(self.pullback, every, residuals, no_lam, ct_y)
         return [v + select(own, u[None]) for v, u in zip(older, present, strict=True)]
 
-    def _pulled(self, name: str, residuals: list, lam: list, ct_y: Sequence = ()) -> list:
+    def _pulled(
+        self, pullback: Pullback, alive: list[bool], residuals: list, lam: list, ct_y: Sequence = ()
+    ) -> list:
         """`_pull` of every chain, in one batch: what is known to be linear can be batched."""
 
         def pull(lam: list, ct_y: list) -> list:
-            return self._pull(name, residuals, lam, ct_y)
+            return self._pull(pullback, alive, residuals, lam, ct_y)
 
         return jax.vmap(pull)(lam, list(ct_y))
 
-    def _pull(self, name: str, residuals: list, lam: list, ct_y: list) -> list:
-        """λ of one chain by a program that doesn't read the λ that is None here."""
-        kinds = self.closure.cotangents["carry"]
-        split = self.closure.split(name, ("carry",), weights=False)
-        args = [*residuals, *lam, *ct_y]
+    def _pull(
+        self, pullback: Pullback, alive: list[bool], residuals: list, lam: list, ct_y: list
+    ) -> list:
+        """λ of one chain one step further, of the leaves that are alive."""
+        contraction = pullback.divide([], pick(alive, pullback.outputs.carry))
         # Chains are pulled back as a batch, which has many rows.
-        outs, _, _ = split.one_lag(self.closure.consts[name], args, bind)
-        return densify(outs, kinds)
+        made = contraction.at_lag([*residuals, *lam, *ct_y], bind)
+        return densify(made.outs, pick(alive, self.closure.kinds.carry))
 
     def _ages(self, step: Any) -> list[Any]:
         """The ages of the chains of each leaf of λ at a step."""

@@ -1,6 +1,6 @@
 """The recorded run: a loop of steps that leaves its residuals behind, stacked."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxbptt._arrays import size_in_bytes
 from jaxbptt._closure.closure import Closure
@@ -9,9 +9,17 @@ from jaxbptt._jaxprs.loop_fission import divide
 from jaxbptt._jaxprs.stacks import scan_stacking
 
 
+class RunOutputs(NamedTuple):
+    """What a recorded run leaves."""
+
+    carry: list  # the last one
+    ys: list
+    residuals: list  # those on record, each (length, *residual.shape)
+
+
 def record_run(
     closure: Closure, init: list, xs: list, length: int, *, reverse: bool, unroll: int
-) -> tuple[list, list, list]:
+) -> RunOutputs:
     """Runs a step that has no parameters of its own.
 
     Args:
@@ -21,17 +29,13 @@ def record_run(
         length: how many steps.
         reverse: whether to start from the last row.
         unroll: how many steps a trip of the compiled loop has.
-
-    Returns:
-        The last carry, ys, and the recorded residuals, stacked.
     """
-    hoisted, n = closure.consts["hoisted"], len(init)
-    m, jaxpr = len(hoisted), closure.programs["forward"]
-    consts = [*closure.consts["forward"], *hoisted]
+    program, n, m = closure.forward, len(init), len(closure.closed_over)
+    jaxpr, consts = program.jaxpr, [*program.consts, *closure.closed_over]
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars[:m]), consts, strict=True))
     state, row = jaxpr.invars[m : m + n], jaxpr.invars[m + n :]
-    ys = jaxpr.outvars[n : len(closure.outputs.leaves)]
-    residuals = [jaxpr.outvars[i] for i in closure.recorded]
+    ys = jaxpr.outvars[n : len(closure.layout.outputs.leaves)]
+    residuals = [jaxpr.outvars[i] for i in closure.layout.recorded]
     made = [v for v in residuals if v not in row]  # what x itself is, xs already hold
     stages = divide(jaxpr.eqns, env, row, state, jaxpr.outvars[:n], ys + made)
 
@@ -39,8 +43,8 @@ def record_run(
     block = block_size(
         length,
         stages.temporaries(stages.later),
-        out_bytes * length + size_in_bytes(closure.cotangents["hoisted"]),
-        closure.spared * length,
+        out_bytes * length + size_in_bytes(closure.kinds.closed_over),
+        closure.layout.remade_bytes * length,
         copied=out_bytes + stages.rows_read(),
     )
 
@@ -66,4 +70,4 @@ def record_run(
     kinds = [v.aval for v in ys + made]
     carry, outs = in_blocks(run, init, length, block, kinds, first=24, descending=reverse)
     stacks = dict(zip((*row, *made), (*xs, *outs[len(ys) :]), strict=True))
-    return carry, outs[: len(ys)], [stacks[v] for v in residuals]
+    return RunOutputs(carry, outs[: len(ys)], [stacks[v] for v in residuals])

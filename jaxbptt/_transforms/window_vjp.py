@@ -8,17 +8,17 @@ the arrays that the step closes over, then the parameters.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbptt._arrays import zeros
-from jaxbptt._closure.closure import Closure
-from jaxbptt._closure.contract import Split, where_or_zero, widened
-from jaxbptt._closure.pullbacks import name_of
+from jaxbptt._arrays import where_or_zero, widened, zeros
+from jaxbptt._closure.closure import Closure, pick
+from jaxbptt._closure.contraction import AtLag, Contraction
+from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.blocks import rows as rows_at
 from jaxbptt._jaxprs.evaluate import ZERO, Value
@@ -35,14 +35,14 @@ class Window:
 
     Attributes:
         read: from a lag to the residuals of that step; every lag below `steps` can be read.
-        fixed: the residuals that are the same in all steps.
+        invariant: the residuals that are the same in all steps.
         steps: how many lags there are at most (static).
         reach: lags from here on are not reached (may be traced).
         parts: of each leaf of λ, how many lags it is followed; nothing where that is all.
     """
 
     read: Callable[[Any], list]
-    fixed: list
+    invariant: list
     steps: int
     reach: Any
     parts: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ class Window:
 class WindowCotangents:
     """Flat cotangents of a window."""
 
-    weights: list  # summed over the lags
+    weights: list  # summed over the lags: of closed-over arrays, then of params; arrays or ZERO
     carry: list  # the last λ
     xs: list  # x̄ by lag, each (steps, *x.shape), lag 0 first; empty unless asked for
 
@@ -64,50 +64,68 @@ class WindowCotangents:
         return WindowCotangents(weights, older.carry, _each(_joined, self.xs, older.xs))
 
 
-def pull_window(
-    closure: Closure, window: Window, ct_carry: list, ct_ys: list, rows: int, *, keep_xs: bool
-) -> WindowCotangents:
-    """Chains the closures of a window.
+class Arriving(NamedTuple):
+    """The cotangents of a window's outputs.
 
-    Args:
-        closure: the traced step.
-        window: the recorded steps.
-        ct_carry: c̄, the cotangent of the newest carry.
-        ct_ys: ȳ of the last `rows` steps, each leaf (rows, *y.shape), oldest first.
-        rows: how many of the newest steps have a ȳ; the older ones only pass λ on.
-        keep_xs: whether x̄ is wanted.
+    Attributes:
+        carry: c̄, of the newest carry.
+        ys: ȳ of the last `rows` steps, of the leaves that are asked for: each (rows, *y.shape),
+            oldest first.
+        rows: how many steps have a ȳ; the older ones only pass λ on.
+        asked: which leaves of y have a cotangent, of those that are followed.
     """
-    ct = window_sums(closure, window, ct_carry, ct_ys, rows, keep_xs=keep_xs)
+
+    carry: list
+    ys: list
+    rows: int
+    asked: Sequence[bool] | bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is wanted of a window, besides the last λ."""
+
+    closed_over: Sequence[bool] | bool  # which of the arrays that the step closes over
+    xs: bool
+
+
+def pull_window(
+    closure: Closure, window: Window, arriving: Arriving, wanted: Wanted
+) -> WindowCotangents:
+    """Chains the closures of a window, the weights' cotangents in the weights' own dtypes."""
+    ct = window_sums(closure, window, arriving, wanted)
     return dataclasses.replace(ct, weights=dense_weights(closure, ct.weights))
 
 
 def window_sums(
-    closure: Closure, window: Window, ct_carry: list, ct_ys: list, rows: int, *, keep_xs: bool
+    closure: Closure, window: Window, arriving: Arriving, wanted: Wanted
 ) -> WindowCotangents:
     """`pull_window` with the weights' cotangents as they are added up: arrays or ZERO."""
-    ct = WindowCotangents([], ct_carry, [])
-    for part in _segments(closure, window, ct_ys, rows):
-        ct = ct.then(_sweep(closure, window, part, ct.carry, keep_xs))
+    ct = WindowCotangents([], arriving.carry, [])
+    for segment in _segments(closure, window, arriving):
+        ct = ct.then(_sweep(closure, window, segment, ct.carry, wanted))
     return ct
+
+
+class TermsByLag(NamedTuple):
+    """What there is of each lag, stacked: a list of leaves each."""
+
+    params: list  # the terms of θ̄
+    carry: list  # the λ handed on
+    sums: list  # the sums of the terms so far
 
 
 def by_lag(
     closure: Closure,
     window: Window,
-    ct_carry: list,
-    ct_ys: list,
-    rows: int,
+    arriving: Arriving,
     of: Callable[[jax.Array], jax.Array],
     of_sum: Callable[[jax.Array], jax.Array],
-) -> tuple[list, list, list]:
-    """By lag, stacked: the terms of θ̄, the λ handed on, and the sums of the terms so far.
-
-    Terms and λ are put through `of`, the sums through `of_sum`; the arguments before these
-    are those of `pull_window`.
-    """
-    state, stacks = (ct_carry, zero_sums(closure.cotangents["params"])), []
-    for part in _segments(closure, window, ct_ys, rows):
-        state, of_lags = _terms(closure, window, part, state, of, of_sum)
+) -> TermsByLag:
+    """The terms of θ̄ and λ by lag, each put through `of`, the sums through `of_sum`."""
+    state, stacks = (arriving.carry, zero_sums(closure.kinds.params)), []
+    for segment in _segments(closure, window, arriving):
+        state, of_lags = _terms(closure, window, segment, state, of, of_sum)
         stacks.append(of_lags)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
@@ -119,16 +137,19 @@ def zero_sums(kinds: Iterable) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """Lags that one program serves."""
+    """Lags that one pullback serves."""
 
-    program: str
+    pullback: Pullback
+    alive: Mask  # the leaves of λ whose window is not over
     start: int
     stop: int
     ct_ys: list  # each (stop - start, *y.shape), newest first; empty where there is no ȳ
 
 
-def _segments(closure: Closure, window: Window, ct_ys: list, rows: int) -> list[_Segment]:
-    newest_first = [jnp.flip(leaf, 0) for leaf in ct_ys]
+def _segments(closure: Closure, window: Window, arriving: Arriving) -> list[_Segment]:
+    """The window cut where a part's window is over, and where the last row of ȳ is."""
+    n, rows = len(closure.kinds.carry), arriving.rows
+    newest_first = [jnp.flip(leaf, 0) for leaf in arriving.ys]
     # One loop is cheaper than two, where rows of zeros cost next to nothing.
     together = rows == window.steps or (closure.indifferent_to_y and not window.parts)
     if together:
@@ -137,108 +158,118 @@ def _segments(closure: Closure, window: Window, ct_ys: list, rows: int) -> list[
     segments = []
     for start, stop in zip([0, *stops], stops, strict=False):
         with_y = together or start < rows
-        name = name_of(with_y, closure.over_at(start, window.parts))
+        alive = tuple(start < part for part in window.parts or (stop,) * n)
+        pullback = closure.pullback(carry=alive, y=arriving.asked if with_y else False)
         ys = [leaf[start:stop] for leaf in newest_first] if with_y else []
-        segments.append(_Segment(name, start, stop, ys))
+        segments.append(_Segment(pullback, alive, start, stop, ys))
     return segments
 
 
 def _terms(
     closure: Closure,
     window: Window,
-    part: _Segment,
+    segment: _Segment,
     state: tuple[list, list],
     of: Callable,
     of_sum: Callable,
-) -> tuple[tuple[list, list], tuple[list, list, list]]:
+) -> tuple[tuple[list, list], TermsByLag]:
     """One segment of `by_lag`: the last λ and the sums, and what there is of each lag."""
-    split = closure.split(part.program, ("params", "carry"), weights=False)
-    kinds, over = closure.cotangents, closure.over[part.program]
+    kinds, alive, outputs = closure.kinds, segment.alive, segment.pullback.outputs
+    contraction = segment.pullback.divide([], [*outputs.params, *_or_zero(alive, outputs.carry)])
 
-    def trip(state: Any, row: Any) -> tuple[Any, Any]:
+    def trip(state: Any, row: Any) -> tuple[Any, TermsByLag]:
         lam, sums = state
         lag, ct_y = row
-        args = [*window.read(lag), *window.fixed, *lam, *ct_y]
+        args = [*window.read(lag), *window.invariant, *pick(alive, lam), *ct_y]
         live = lag < window.reach
-        n, of_outs = len(kinds["params"]), [*kinds["params"], *kinds["carry"]]
-        outs, _, _ = _one_lag(split, closure.consts[part.program], args, of_outs, live)
+        outs = _at_lag(contraction, args, [*kinds.params, *kinds.carry], live).outs
+        n = len(kinds.params)
         params, older = [where_or_zero(live, v) for v in outs[:n]], outs[n:]
-        lam = _each(jnp.where, [live & (not o) for o in over], older, lam)
-        handed_on = [where_or_zero(live & (not o), v) for v, o in zip(lam, over, strict=True)]
+        lam = _each(jnp.where, [live & a for a in alive], older, lam)
+        handed_on = _each(lambda v, a: where_or_zero(live & a, v), lam, alive)
         sums = _each(lambda total, v: total + v.astype(total.dtype), sums, params)
-        found = [of(v) for v in params], [of(v) for v in handed_on], [of_sum(v) for v in sums]
+        found = TermsByLag(
+            *(list(map(f, vs)) for f, vs in ((of, params), (of, handed_on), (of_sum, sums)))
+        )
         return (lam, sums), found
 
-    lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
-    return lax_scan(trip, state, (lags, part.ct_ys))
+    lags = jnp.arange(segment.start, segment.stop, dtype=jnp.int32)
+    return lax_scan(trip, state, (lags, segment.ct_ys))
 
 
-def pull_newest_x(closure: Closure, window: Window, ct_carry: list, ct_y: list) -> list:
+def pull_newest_x(
+    closure: Closure, window: Window, ct_carry: list, ct_y: list, asked: Mask
+) -> list:
     """x̄ of the newest step alone."""
-    args = [*window.read(0), *window.fixed, *ct_carry, *ct_y]
+    pullback = closure.pullback(y=asked)
     # The side effects of this step's pullback belong to the sweep.
-    split = closure.split("pull", ("x",), weights=False, effects=False)
-    outs, _, _ = split.one_lag(closure.consts["pull"], args)
-    return densify(outs, closure.cotangents["x"])
+    contraction = pullback.divide([], pullback.outputs.x, effects=False)
+    args = [*window.read(0), *window.invariant, *ct_carry, *ct_y]
+    return densify(contraction.at_lag(args).outs, closure.kinds.x)
 
 
 def _sweep(
-    closure: Closure, window: Window, part: _Segment, lam: list, keep_xs: bool
+    closure: Closure, window: Window, segment: _Segment, lam: list, wanted: Wanted
 ) -> WindowCotangents:
     """The lags of a segment in one loop, then the contractions over them."""
-    program = part.program
-    split = closure.split(program, ("carry", "x") if keep_xs else ("carry",))
-    consts = closure.consts[program]
-    x_kinds = closure.cotangents["x"] if keep_xs else []
-    of_outs = [*closure.cotangents["carry"], *x_kinds]
+    kinds, alive, outputs = closure.kinds, segment.alive, segment.pullback.outputs
+    x_kinds = kinds.x if wanted.xs else []
+    contraction = segment.pullback.divide(
+        [*_or_zero(wanted.closed_over, outputs.closed_over), *outputs.params],
+        [*_or_zero(alive, outputs.carry), *(outputs.x if wanted.xs else [])],
+    )
 
+    # The state is λ as it enters the lag, and the sums of what is not contracted.
     def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
         lag, ct_y = row
         live = lag < window.reach
-        args = [*window.read(lag), *window.fixed, *lam, *ct_y]
-        outs, emitted, terms = _one_lag(split, consts, args, of_outs, live)
+        args = [*window.read(lag), *window.invariant, *pick(alive, lam), *ct_y]
+        made = _at_lag(contraction, args, [*kinds.carry, *x_kinds], live)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
-        older, xs = outs[: len(lam)], outs[len(lam) :]
-        followed = [live & (not over) for over in closure.over[program]]
-        lam = _each(jnp.where, followed, older, lam)
-        kept = [where_or_zero(live, v) for v in (*xs, *emitted)]
-        return (lam, split.add(sums, terms, live)), kept
+        older, xs = made.outs[: len(lam)], made.outs[len(lam) :]
+        lam = _each(jnp.where, [live & a for a in alive], older, lam)
+        kept = [where_or_zero(live, v) for v in (*xs, *made.operands)]
+        return (lam, contraction.add(sums, made.summands, live)), kept
 
-    lags = jnp.arange(part.start, part.stop, dtype=jnp.int32)
-    kept_kinds = [*x_kinds, *(v.aval for v in split.emitted)]
+    lags = jnp.arange(segment.start, segment.stop, dtype=jnp.int32)
+    kept_kinds = [*x_kinds, *(v.aval for v in contraction.operands)]
     (lam, sums), kept = scan_stacking(
-        trip, (lam, split.zero_sums()), (lags, part.ct_ys), kept_kinds, len(lags), first=0
+        trip, (lam, contraction.zero_sums()), (lags, segment.ct_ys), kept_kinds, len(lags), first=0
     )
-    xs, emitted = kept[: len(x_kinds)], kept[len(x_kinds) :]
-    unvaried = closure.unvaried(split, window.fixed)
-    weights = split.finish(consts, unvaried, split.contract(emitted), sums)
+    xs, operands = kept[: len(x_kinds)], kept[len(x_kinds) :]
+    weights = contraction.finish(window.invariant, contraction.contract(operands), sums)
     return WindowCotangents(weights, lam, xs)
 
 
-def _one_lag(
-    split: Split, consts: list, args: list, kinds: list, live: Any
-) -> tuple[list, list, list]:
+def _at_lag(contraction: Contraction, args: list, kinds: list, live: Any) -> AtLag:
     """One lag of a divided pullback; side effects of a lag that is not live do not happen."""
 
-    def run() -> tuple[list, list, list]:
-        outs, emitted, terms = split.one_lag(consts, args)
-        return densify(outs, kinds), emitted, terms
+    def run() -> AtLag:
+        made = contraction.at_lag(args)
+        return made._replace(outs=densify(made.outs, kinds))
 
-    if not split.acts:
+    if not contraction.acts:
         return run()
     none = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), jax.eval_shape(run))
     return lax.cond(live, run, lambda: none)
 
 
-def _each(function: Callable, *lists: list) -> list:
+def _or_zero(wanted: Sequence[bool] | bool, values: list) -> list:
+    """The values that are wanted, ZERO in place of the others."""
+    if isinstance(wanted, bool):
+        return list(values) if wanted else [ZERO] * len(values)
+    return [v if w else ZERO for w, v in zip(wanted, values, strict=True)]
+
+
+def _each(function: Callable, *lists: Iterable) -> list:
     return [function(*items) for items in zip(*lists, strict=True)]
 
 
 def dense_weights(closure: Closure, values: list) -> list:
     """The weights' cotangents as arrays, in the weights' own dtypes."""
-    kinds = [*closure.cotangents["hoisted"], *closure.cotangents["params"]]
+    kinds = [*closure.kinds.closed_over, *closure.kinds.params]
     return _each(lambda v, kind: _dense(v, kind).astype(kind.dtype), values, kinds)
 
 
@@ -267,24 +298,25 @@ def _dense(value: Value, kind: Any) -> jax.Array:
 # ------------------------------------------------------------ what of a tape a cotangent meets
 
 
-def tape_window(closure: Closure, tape: Tape, params: list, fixed: list, rows: int) -> Window:
+def tape_window(closure: Closure, tape: Tape, params: list, invariant: list, rows: int) -> Window:
     """What the last `rows` outputs of a group reach of a tape, as far as it is recorded."""
-    every = settings_of(tape).every
-    steps, *parts = (reach_of_rows(w, rows, every) for w in (closure.window, *closure.parts))
+    settings = settings_of(tape)
+    windows = closure.layout.window, *closure.layout.parts
+    steps, *parts = (reach_of_rows(w, rows, settings.every) for w in windows)
     read = reader(tape)
-    if settings_of(tape).weights == "replayed":
-        read = replayed(closure, params, read, settings_of(tape).window, tape.length)
-    return Window(read, fixed, steps, jnp.minimum(tape.length, steps), tuple(parts))
+    if settings.weights == "replayed":
+        read = replayed(closure, params, read, settings.window, tape.length)
+    return Window(read, invariant, steps, jnp.minimum(tape.length, steps), tuple(parts))
 
 
 def given_window(
     closure: Closure, tape: Tape, params: PyTree, ct_ys: PyTree, ct_carry: PyTree
-) -> tuple[Window, list, list, int]:
-    """What checked cotangents from outside reach; c̄, ȳ by leaf, and the rows of ȳ."""
-    rows, ct_ys = given_ct_ys(closure, ct_ys, closure.window)
-    lam = given_ct_carry(closure, tape.carry, ct_carry)
-    leaves = jax.tree.leaves(params)
-    return tape_window(closure, tape, leaves, closure.derive(leaves), rows), lam, ct_ys, rows
+) -> tuple[Window, Arriving]:
+    """Checked cotangents from outside, and what they reach of a tape."""
+    rows, ys = given_ct_ys(closure, ct_ys, closure.layout.window)
+    lam, leaves = given_ct_carry(closure, tape.carry, ct_carry), jax.tree.leaves(params)
+    window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows)
+    return window, Arriving(lam, ys, rows)
 
 
 # ------------------------------------------------------------ the window run again
@@ -307,15 +339,15 @@ def replayed(
         window: how many slots there are.
         length: how many of them are recorded.
     """
-    n = len(closure.masks["carry"])
+    n = len(closure.layout.followed.carry)
 
     def body(carry: list, lag: Any) -> tuple[list, list]:
         given = read(lag)
         recorded, x = given[:n], given[n:]
         begins = lag >= length - 1  # later carries are made again
         carry = [jnp.where(begins, v, c) for v, c in zip(recorded, carry, strict=True)]
-        (carry, _, _), residuals, _ = closure.forward(params, carry, x)
-        return jax.tree.leaves(carry), residuals
+        made = closure.run(params, carry, x)
+        return jax.tree.leaves(made.step[0]), made.recorded
 
     lags = jnp.arange(window, dtype=jnp.int32)
     oldest = read(window - 1)[:n]

@@ -13,9 +13,8 @@ import pytest
 from harness import numbers
 from jax import lax
 
-from jaxbptt._closure.contract import Split
-from jaxbptt._closure.contraction import split
-from jaxbptt._jaxprs.evaluate import ZERO, prune, without_calls
+from jaxbptt._closure.contraction import Contraction, divide_pullback
+from jaxbptt._jaxprs.evaluate import ZERO, Program, prune, without_calls
 
 LAGS = 3
 BATCH, IN, OUT = 2, 5, 7  # so few rows that operands are smaller than their product
@@ -32,16 +31,16 @@ def draw(seed, *shape, dtype=np.float64):
 class Divided(NamedTuple):
     """A program and how it was divided."""
 
-    split: Split
+    contraction: Contraction
     closed: Any
 
     @property
     def at_lag(self):
-        return names(self.split.at_lag)
+        return names(self.contraction.in_loop)
 
     @property
     def after(self):
-        return names(self.split.after)
+        return names(self.contraction.after_loop)
 
 
 def names(eqns):
@@ -66,7 +65,9 @@ def divided(function, moving, fixed=(), weights=1):
     closed = prune(without_calls(jax.make_jaxpr(lambda *args: list(function(*args)))(*like), like))
     outs = closed.jaxpr.outvars
     constant = [False] * len(moving) + [True] * len(fixed)
-    return Divided(split(closed.jaxpr, constant, outs[:weights], outs[weights:]), closed)
+    return Divided(
+        divide_pullback(Program.of(closed), constant, outs[:weights], outs[weights:]), closed
+    )
 
 
 def as_divided(made, moving, fixed=(), live=None):
@@ -74,11 +75,11 @@ def as_divided(made, moving, fixed=(), live=None):
 
     `live` says of each lag whether it counts.
     """
-    part, consts = made.split, made.closed.consts
+    part = made.contraction
     sums, stacks, wanted = part.zero_sums(), [], []
     for lag in range(LAGS):
         now = True if live is None else live[lag]
-        outs, emitted, terms = part.one_lag(consts, [*(v[lag] for v in moving), *fixed])
+        outs, emitted, terms = part.at_lag([*(v[lag] for v in moving), *fixed])
         sums = part.add(sums, terms, now)
         stacks.append([v if live is None else jnp.where(now, v, 0 * v) for v in emitted])
         wanted.append(outs)
@@ -86,8 +87,7 @@ def as_divided(made, moving, fixed=(), live=None):
     for value, zero in zip(contracted, part.zero_contractions(), strict=True):
         assert (value.shape, value.dtype) == (zero.shape, zero.dtype)
     # What differs from lag to lag isn't there any more at the end.
-    unvaried = [*(None for _ in moving), *fixed]
-    return part.finish(consts, unvaried, contracted, sums), wanted
+    return part.finish(list(fixed), contracted, sums), wanted
 
 
 def as_it_stands(function, moving, fixed=()):
@@ -136,11 +136,11 @@ def test_a_product_over_the_batch_is_done_once():
     made = same_sums(lambda h, g: [outer(h, jnp.tanh(g))], [H, G])
     assert made.at_lag == ["tanh"]
     assert made.after == []
-    (product,) = made.split.products
+    (product,) = made.contraction.products
     assert not product.swapped
-    assert product.made is made.split.weights[0]
-    assert made.split.emitted == list(product.eqn.invars)
-    assert made.split.plain == made.split.terms == []
+    assert product.made is made.contraction.weights[0]
+    assert made.contraction.operands == list(product.eqn.invars)
+    assert made.contraction.summed_as_is == made.contraction.summands == []
 
 
 TURNED = {
@@ -163,11 +163,11 @@ def test_a_product_that_is_only_transposed_is_made_the_other_way_round(name):
     go, *shapes = TURNED[name]
     moving = [draw(seed, LAGS, *shape) for seed, shape in enumerate(shapes, 4)]
     made = same_sums(lambda h, g: [go(h, g)], moving)
-    (product,) = made.split.products
+    (product,) = made.contraction.products
     assert product.swapped
     assert made.at_lag == made.after == []
-    assert product.made is made.split.weights[0]
-    jaxpr = jax.make_jaxpr(made.split.contract)(moving[::-1]).jaxpr
+    assert product.made is made.contraction.weights[0]
+    jaxpr = jax.make_jaxpr(made.contraction.contract)(moving[::-1]).jaxpr
     assert names(jaxpr.eqns) == ["dot_general"]
 
 
@@ -181,7 +181,7 @@ def test_a_product_that_is_only_transposed_is_made_the_other_way_round(name):
 )
 def test_products_that_are_transposed_and_more(function):
     made = same_sums(function, [H, G], weights=len(function(H[0], G[0])))
-    assert [product.swapped for product in made.split.products].count(True) >= 1
+    assert [product.swapped for product in made.contraction.products].count(True) >= 1
 
 
 def test_a_product_that_is_read_twice_or_turned_otherwise_stays_as_it_is():
@@ -190,26 +190,26 @@ def test_a_product_that_is_read_twice_or_turned_otherwise_stays_as_it_is():
         return [product.T, -product]
 
     made = same_sums(twice, [H, G], weights=2)
-    assert [product.swapped for product in made.split.products] == [False]
+    assert [product.swapped for product in made.contraction.products] == [False]
     assert made.after == ["transpose", "neg"]
 
     heads = [draw(4, LAGS, 3, BATCH, IN), draw(5, LAGS, 3, BATCH, OUT)]
     dims = (((1,), (1,)), ((0,), (0,)))
     for axes in [(1, 0, 2), (2, 1, 0), (1, 2, 0)]:
         made = same_sums(lambda h, g, t=axes: [lax.dot_general(g, h, dims).transpose(t)], heads)
-        assert [product.swapped for product in made.split.products] == [False]
+        assert [product.swapped for product in made.contraction.products] == [False]
         assert made.after == ["transpose"]
 
 
 def test_changed_operands_change_their_precisions():
     high_low = (lax.Precision.HIGHEST, lax.Precision.DEFAULT)
     made = divided(lambda h, g: [outer(g, h, precision=high_low).T], [H, G])
-    jaxpr = jax.make_jaxpr(made.split.contract)([G, H]).jaxpr
+    jaxpr = jax.make_jaxpr(made.contraction.contract)([G, H]).jaxpr
     (eqn,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert eqn.invars == jaxpr.invars[::-1]
     assert eqn.params["precision"] == high_low[::-1]
     plain = divided(lambda h, g: [outer(g, h, precision=high_low)], [H, G])
-    jaxpr = jax.make_jaxpr(plain.split.contract)([G, H]).jaxpr
+    jaxpr = jax.make_jaxpr(plain.contraction.contract)([G, H]).jaxpr
     assert jaxpr.eqns[-1].params["precision"] == high_low
 
 
@@ -217,12 +217,12 @@ def test_operands_larger_than_their_product_are_not_kept():
     wide_batch = [draw(6, LAGS, 20, IN), draw(7, LAGS, 20, OUT)]
     made = same_sums(lambda h, g: [outer(h, g)], wide_batch)
     assert made.at_lag == ["dot_general"]
-    assert made.split.plain == made.split.weights
-    assert (made.split.products, made.split.emitted) == ([], [])
+    assert made.contraction.summed_as_is == made.contraction.weights
+    assert (made.contraction.products, made.contraction.operands) == ([], [])
     # As large: 2 (3 + 6) numbers make 3 x 6. One number more and they are larger.
     for columns, kept in ((6, True), (5, False)):
         moving = [draw(8, LAGS, 2, 3), draw(9, LAGS, 2, columns)]
-        assert bool(divided(lambda h, g: [outer(h, g)], moving).split.products) == kept
+        assert bool(divided(lambda h, g: [outer(h, g)], moving).contraction.products) == kept
 
 
 def test_an_operand_that_is_paid_for_is_free_to_others():
@@ -235,20 +235,20 @@ def test_an_operand_that_is_paid_for_is_free_to_others():
         return [outer(few, g), outer(tall, g)]
 
     made = same_sums(pair, [few, G, tall], weights=2)
-    assert len(made.split.products) == 2
+    assert len(made.contraction.products) == 2
     assert made.at_lag == []
     alone = same_sums(lambda few, g: [outer(few, g)], [few, G])
-    assert alone.split.products == []
-    assert len(divided(lambda s, g: [outer(s, g)], [small, G]).split.products) == 1
+    assert alone.contraction.products == []
+    assert len(divided(lambda s, g: [outer(s, g)], [small, G]).contraction.products) == 1
     # An operand counts once, however often it is read, and is emitted once.
     square = same_sums(lambda g: [outer(g, g)], [draw(19, LAGS, 5, OUT)])
-    assert square.split.emitted == [square.split.jaxpr.invars[0]]
+    assert square.contraction.operands == [square.contraction.program.jaxpr.invars[0]]
 
 
 def test_a_product_with_a_matrix_that_is_the_same_at_all_lags():
     """It is linear in the other operand: the sum comes first, unless that is the larger."""
     grows = same_sums(lambda g, w: [lax.dot(w.T, jnp.tanh(g))], [draw(13, LAGS, IN, 1)], [W])
-    assert grows.split.products == []
+    assert grows.contraction.products == []
     assert grows.at_lag == ["tanh"]
     assert grows.after[-1] == "dot_general"
     left = same_sums(lambda g, w: [lax.dot(jnp.tanh(g), w)], [draw(14, LAGS, 1, IN)], [W])
@@ -264,16 +264,16 @@ def test_a_fixed_operand_is_never_kept_for_each_lag():
         return [outer(h, g), lax.dot(v, g)]
 
     made = same_sums(function, [H, G], [draw(18, 1, BATCH)], weights=2)
-    assert len(made.split.products) == 1
-    assert made.split.emitted == made.split.jaxpr.invars[:2]
-    assert made.split.plain == [made.split.weights[1]]
+    assert len(made.contraction.products) == 1
+    assert made.contraction.operands == made.contraction.program.jaxpr.invars[:2]
+    assert made.contraction.summed_as_is == [made.contraction.weights[1]]
 
 
 def test_two_factors_that_both_move_are_no_linear_pass():
     made = same_sums(lambda h, g: [outer(h, g) * outer(h, -g)], [H, G])
     assert made.at_lag == ["dot_general", "neg", "dot_general", "mul"]
     assert made.after == []
-    assert made.split.plain == made.split.weights
+    assert made.contraction.summed_as_is == made.contraction.weights
 
 
 # ----------------------------------------------------- passes behind a product
@@ -316,8 +316,8 @@ def passes():
 
 
 def test_linear_passes_come_after_the_loop(passes):
-    assert len(passes.split.products) == len(PASSES)
-    assert passes.split.plain == []
+    assert len(passes.contraction.products) == len(PASSES)
+    assert passes.contraction.summed_as_is == []
     assert set(passes.at_lag) <= {"mul", "convert_element_type"}  # i * g
 
 
@@ -327,7 +327,7 @@ def test_each_linear_pass_comes_after_the_loop(name):
     made = divided(lambda h, g, w: [go(outer(h, g), w)], [H, G], [W])
     assert made.at_lag == []
     swapped = name == "transpose"  # which costs nothing at all
-    assert made.split.products[0].swapped == swapped
+    assert made.contraction.products[0].swapped == swapped
     assert (primitive in made.after) != swapped
 
 
@@ -371,8 +371,8 @@ def test_nothing_else_comes_after_the_loop(name):
     go = STAYING[name]
     made = divided(lambda h, g, w: [go(outer(h, g), h, w)], [H, G], [W])
     assert made.after == []
-    assert made.split.products == []
-    assert made.split.plain == made.split.weights
+    assert made.contraction.products == []
+    assert made.contraction.summed_as_is == made.contraction.weights
 
 
 def test_what_stays_in_the_loop_comes_to_the_same_sum():
@@ -395,8 +395,8 @@ def test_a_pass_on_the_way_to_the_loop_stays_in_it():
 
     made = same_sums(shared, [H, G], weights=2)
     assert (made.at_lag, made.after) == (["dot_general", "tanh"], ["neg"])
-    assert len(made.split.plain) == 2
-    assert made.split.products == []
+    assert len(made.contraction.summed_as_is) == 2
+    assert made.contraction.products == []
 
 
 def test_a_pass_that_the_loop_needs_is_not_made_again_after_it():
@@ -406,7 +406,7 @@ def test_a_pass_that_the_loop_needs_is_not_made_again_after_it():
 
     made = same_sums(function, [H, G], weights=2)
     assert (made.at_lag, made.after) == (["dot_general", "neg", "tanh"], [])
-    assert (made.split.products, made.split.emitted) == ([], [])
+    assert (made.contraction.products, made.contraction.operands) == ([], [])
 
 
 def test_psum_behind_a_product_is_done_once():
@@ -415,12 +415,12 @@ def test_psum_behind_a_product_is_done_once():
 
     like = row([H, G])
     closed = over_devices(lambda h, g: [lax.psum(outer(h, g), "devices")])(*like)
-    part = split(closed.jaxpr, [False, False], closed.jaxpr.outvars, [])
+    part = divide_pullback(Program.of(closed), [False, False], closed.jaxpr.outvars, [])
     assert len(part.products) == 1
-    assert [name.split("_")[0] for name in names(part.after)] in (["psum"], ["psum2"])
+    assert [name.split("_")[0] for name in names(part.after_loop)] in (["psum"], ["psum2"])
     closed = over_devices(lambda h, g: [lax.pmax(outer(h, g), "devices")])(*like)
-    part = split(closed.jaxpr, [False, False], closed.jaxpr.outvars, [])
-    assert (part.products, part.after) == ([], [])
+    part = divide_pullback(Program.of(closed), [False, False], closed.jaxpr.outvars, [])
+    assert (part.products, part.after_loop) == ([], [])
 
 
 # -------------------------------------------------------------- complex numbers
@@ -444,7 +444,7 @@ def test_complex_numbers():
         ]
 
     made = same_sums(function, [Z, V], [fixed], weights=6)
-    assert len(made.split.products) == 6
+    assert len(made.contraction.products) == 6
     assert {"conj", "real", "imag", "mul"} <= set(made.after)
     assert "real" not in made.at_lag
     assert made.after.count("conj") == 3  # one of them of the fixed
@@ -462,15 +462,15 @@ def test_a_bias_is_summed_once_where_its_operand_is_emitted_anyway():
 
     made = same_sums(function, [H, G], weights=4)
     assert made.at_lag == ["mul", "mul", "reduce_sum"]  # of 2 h, which no product needs
-    assert [eqn.params["axes"] for eqn in made.split.reductions] == [(0,), (0, 1)]
-    assert made.split.plain == [made.split.weights[3]]
-    assert len(made.split.emitted) == 2
+    assert [eqn.params["axes"] for eqn in made.contraction.reductions] == [(0,), (0, 1)]
+    assert made.contraction.summed_as_is == [made.contraction.weights[3]]
+    assert len(made.contraction.operands) == 2
 
 
 def test_a_bias_by_itself_is_summed_in_the_loop():
     made = same_sums(lambda g: [jnp.sum(jnp.sin(g), 0)], [G])
     assert made.at_lag == ["sin", "reduce_sum"]
-    assert (made.split.reductions, made.split.emitted) == ([], [])
+    assert (made.contraction.reductions, made.contraction.operands) == ([], [])
 
 
 ROWS = np.array([[4, 1], [0, 4], [4, 4]], np.int32)  # of an embedding, by lag
@@ -488,11 +488,11 @@ def test_a_scatter_into_zeros_goes_into_its_sum_in_place():
         ]
 
     made = same_sums(function, [ROWS, G], weights=2)
-    assert len(made.split.scatters) == 2
+    assert len(made.contraction.scatters) == 2
     assert "scatter-add" not in made.at_lag
     assert made.after == ["transpose"]
-    assert len(made.split.terms) == 4
-    assert made.split.plain == []
+    assert len(made.contraction.summands) == 4
+    assert made.contraction.summed_as_is == []
 
 
 def test_a_scatter_into_something_else_is_done_at_each_lag():
@@ -500,10 +500,10 @@ def test_a_scatter_into_something_else_is_done_at_each_lag():
         return [scattered(table, places, g), scattered(jnp.ones((6, OUT)), places, g)]
 
     made = same_sums(function, [ROWS, G], [draw(23, 6, OUT)], weights=2)
-    assert made.split.scatters == []
+    assert made.contraction.scatters == []
     assert made.at_lag.count("scatter-add") == 2
     overwritten = divided(lambda i, g: [jnp.zeros((6, OUT)).at[i].set(g)], [ROWS, G])
-    assert overwritten.split.scatters == []
+    assert overwritten.contraction.scatters == []
 
 
 def test_a_scatter_that_is_wanted_at_each_lag_too():
@@ -512,7 +512,7 @@ def test_a_scatter_that_is_wanted_at_each_lag_too():
         return [table, table, jnp.tanh(table)]
 
     made = same_sums(function, [ROWS, G])
-    assert made.split.scatters == []
+    assert made.contraction.scatters == []
     assert "scatter-add" in made.at_lag
 
 
@@ -526,19 +526,24 @@ def test_lags_that_do_not_count_may_hold_anything():
     moving = [H.copy(), G.copy(), ROWS]
     moving[0][1], moving[1][1] = np.inf, np.nan
     made = divided(function, moving, weights=4)
-    assert len(made.split.products) == len(made.split.scatters) == len(made.split.reductions) == 1
+    assert (
+        len(made.contraction.products)
+        == len(made.contraction.scatters)
+        == len(made.contraction.reductions)
+        == 1
+    )
 
     @jax.jit
     def some(moving, live):
-        part = made.split
+        part = made.contraction
         sums = part.zero_sums()
         stacks = []
         for lag in range(LAGS):
-            _, emitted, terms = part.one_lag(made.closed.consts, [v[lag] for v in moving])
+            _, emitted, terms = part.at_lag([v[lag] for v in moving])
             sums = part.add(sums, terms, live[lag])
             stacks.append([jnp.where(live[lag], v, 0.0) for v in emitted])
         contracted = part.contract([jnp.stack(vs) for vs in zip(*stacks, strict=True)])
-        return part.finish(made.closed.consts, [None] * 3, contracted, sums)
+        return part.finish([], contracted, sums)
 
     got = some(moving, np.array([True, False, True]))
     table = np.zeros((6, OUT))
@@ -563,18 +568,23 @@ def test_a_weight_that_is_wanted_at_each_lag_too():
         return [product, -product, product, jnp.tanh(h)]
 
     made = same_sums(function, [H, G], weights=2)
-    assert len(made.split.outs) == 2
+    assert len(made.contraction.outs) == 2
     assert sorted(made.at_lag) == ["dot_general", "tanh"]
     assert made.after == ["neg"]
-    assert made.split.plain == [made.split.weights[0]]
+    assert made.contraction.summed_as_is == [made.contraction.weights[0]]
 
 
 def test_what_only_the_lags_want_is_not_summed():
     made = same_sums(lambda h, g, w: [outer(h, g), g @ w.T, h], [H, G], [W])
     assert made.at_lag == ["transpose", "dot_general"]
-    assert made.split.outs[1] is made.split.jaxpr.invars[0]
+    assert made.contraction.outs[1] is made.contraction.program.jaxpr.invars[0]
     nothing = same_sums(lambda h, g: [jnp.tanh(h)], [H, G], weights=0)
-    assert nothing.split.weights == nothing.split.terms == nothing.split.emitted == []
+    assert (
+        nothing.contraction.weights
+        == nothing.contraction.summands
+        == nothing.contraction.operands
+        == []
+    )
 
 
 def test_weights_that_are_tied_or_inputs_themselves():
@@ -583,9 +593,9 @@ def test_weights_that_are_tied_or_inputs_themselves():
         return [product, g, product, w, jnp.exp(w), g]
 
     made = same_sums(function, [H, G], [W], weights=6)
-    assert len(made.split.products) == 1
-    g, w = made.split.jaxpr.invars[1:]
-    assert made.split.plain.count(g) == made.split.plain.count(w) == 1
+    assert len(made.contraction.products) == 1
+    g, w = made.contraction.program.jaxpr.invars[1:]
+    assert made.contraction.summed_as_is.count(g) == made.contraction.summed_as_is.count(w) == 1
     # What is the same at all lags still counts once for each.
     assert "exp" in made.at_lag
 
@@ -598,7 +608,7 @@ def test_what_is_made_of_fixed_arrays_alone_is_there_after_the_loop_as_well():
     made = same_sums(function, [H, G], [W])
     assert made.at_lag[-1] == "div"
     assert {"sqrt", "reduce_sum", "div"} <= set(made.after)
-    assert len(made.split.products) == 1
+    assert len(made.contraction.products) == 1
 
 
 def test_zeros_are_not_summed():
@@ -606,11 +616,11 @@ def test_zeros_are_not_summed():
         return [jnp.zeros((4, 3)), outer(h, g), 0.0 * jnp.ones(())]
 
     made = divided(function, [H, G], weights=2)
-    assert made.split.weights[0] is ZERO
+    assert made.contraction.weights[0] is ZERO
     outs = [*made.closed.jaxpr.outvars[1:2], ZERO]
-    part = split(made.closed.jaxpr, [False, False], [ZERO, *outs], outs)
+    part = divide_pullback(Program.of(made.closed), [False, False], [ZERO, *outs], outs)
     assert part.weights[0] is part.weights[2] is part.outs[1] is ZERO
-    got = part.finish([], [None, None], [np.zeros((IN, OUT))] * len(part.products), [H[0].T @ G[0]])
+    got = part.finish([], [np.zeros((IN, OUT))] * len(part.products), [H[0].T @ G[0]])
     assert got[0] is got[2] is ZERO
     np.testing.assert_array_equal(got[1], H[0].T @ G[0])
 
@@ -647,7 +657,7 @@ def test_half_precisions_are_added_up_in_float32():
     """Against sums in float64 of the same halves: off by float32's rounding and not by theirs."""
     w = W.astype(BF16)
     made = divided(half_program, HALVES, [w], weights=6)
-    assert len(made.split.reductions) == 1
+    assert len(made.contraction.reductions) == 1
     got, _ = jax.jit(lambda moving, w: as_divided(made, moving, [w]))(HALVES, w)
     h, g = (v.astype(np.float64) for v in HALVES)
     product = np.einsum("lbi,lbo->io", h, g)
@@ -662,10 +672,10 @@ def test_a_long_sum_of_halves_does_not_stall():
     made = divided(lambda g: [jnp.tanh(g) * 0.0 + 1.0], [np.ones((1, 2), BF16)])
 
     def add(sums, _):
-        _, _, terms = made.split.one_lag([], [jnp.ones(2, BF16)])
-        return made.split.add(sums, terms, True), None
+        _, _, terms = made.contraction.at_lag([jnp.ones(2, BF16)])
+        return made.contraction.add(sums, terms, True), None
 
-    total = jax.jit(lambda: lax.scan(add, made.split.zero_sums(), length=1000)[0])()
+    total = jax.jit(lambda: lax.scan(add, made.contraction.zero_sums(), length=1000)[0])()
     assert [v.dtype for v in total] == [F32]
     np.testing.assert_array_equal(total[0], [1000.0, 1000.0])
 
@@ -706,7 +716,7 @@ def test_a_cast_is_moved_behind_a_product_only():
         made = divided(lambda h, g, go=go: [go(h, g)], halves)
         assert made.after == []
         assert made.at_lag[-1] == "convert_element_type"
-        assert made.split.zero_sums()[0].dtype == F32
+        assert made.contraction.zero_sums()[0].dtype == F32
     behind = divided(lambda h, g: [(-outer(g, h).T.reshape(-1)).astype(F32)], halves)
     assert behind.after == ["reshape", "neg", "convert_element_type"]
 
@@ -734,9 +744,9 @@ def test_the_pullback_of_a_cell_is_what_it_was():
         return [*found[3:], *found[:3]]
 
     made = same_sums(pullback, [*carry, x, *cts], weights, weights=4, rtol=1e-12)
-    assert len(made.split.products) == 2
-    assert len(made.split.scatters) == 1
-    made_in_loop = [eqn.outvars[0].aval.shape for eqn in made.split.at_lag]
+    assert len(made.contraction.products) == 2
+    assert len(made.contraction.scatters) == 1
+    made_in_loop = [eqn.outvars[0].aval.shape for eqn in made.contraction.in_loop]
     assert (n, gates) not in made_in_loop
     assert (3, gates) not in made_in_loop
 
@@ -781,4 +791,4 @@ def test_random_programs(seed):
     away_from_zero = np.sign(W) * (0.5 + np.abs(W))
     made = same_sums(outputs, [H, G], [away_from_zero], weights=18, rtol=1e-11)
     assert made.after
-    assert made.split.plain
+    assert made.contraction.summed_as_is

@@ -32,7 +32,7 @@ class Sorted(NamedTuple):
 
     @property
     def fixed(self):
-        return [i - self.n_outs for i in self.residuals.fixed]
+        return [i - self.n_outs for i in self.residuals.invariant]
 
 
 def sort(program, weights, inputs, n_outs=0, stored=True):
@@ -63,9 +63,9 @@ def gives_back_all(made, weights, inputs, jit=True):
 def sorted_and_tried(program, weights, inputs, **how):
     made = sort(program, weights, inputs, **how)
     assert gives_back_all(made, weights, inputs)
-    given = (*made.residuals.recorded, *made.residuals.fixed)
+    given = (*made.residuals.recorded, *made.residuals.invariant)
     outs = made.closed.jaxpr.outvars
-    kinds = [(v.shape, v.dtype) for v in made.residuals.avals]
+    kinds = [(v.shape, v.dtype) for v in made.residuals.structs]
     assert kinds == [(outs[i].aval.shape, outs[i].aval.dtype) for i in given]
     return made
 
@@ -85,7 +85,7 @@ def test_beside_a_sigmoid_its_derivative_is_made_again():
     made = sorted_and_tried(program, [], [X], n_outs=1)
     assert made.recorded == [0]
     assert made.residuals.count == 2
-    assert made.residuals.spared == X.nbytes
+    assert made.residuals.remade_bytes == X.nbytes
 
 
 def test_at_most_six_operations_make_a_residual_again():
@@ -124,7 +124,7 @@ def test_what_is_not_cheap_is_recorded():
 
     made = sorted_and_tried(program, [], [X, W])
     assert made.recorded == list(range(7))
-    assert made.residuals.spared == 0
+    assert made.residuals.remade_bytes == 0
 
 
 CHEAP = {
@@ -146,7 +146,7 @@ def test_what_is_cheap_is_made_again(name):
     made = sorted_and_tried(program, [], [X])
     assert made.recorded == [0]
     sizes = [v.aval.size * v.aval.dtype.itemsize for v in made.closed.jaxpr.outvars[1:]]
-    assert made.residuals.spared == sum(sizes)
+    assert made.residuals.remade_bytes == sum(sizes)
 
 
 def test_only_from_what_is_recorded_itself():
@@ -175,7 +175,7 @@ def test_one_that_is_made_again_may_serve_another():
 
     made = sorted_and_tried(program, [], [X])
     assert made.recorded == [1]
-    assert made.residuals.spared == 2 * X.nbytes
+    assert made.residuals.remade_bytes == 2 * X.nbytes
 
 
 def test_both_that_one_is_made_of_must_be_recorded():
@@ -211,12 +211,12 @@ def test_what_is_a_residual_twice_is_recorded_once():
     made = sorted_and_tried(program, [], [X, np.int32(4)], n_outs=1)
     assert made.recorded == [0, 1, 2]
     assert made.residuals.count == 7
-    assert made.residuals.spared == X.nbytes  # counted once as well
+    assert made.residuals.remade_bytes == X.nbytes  # counted once as well
 
 
 def test_no_residuals_at_all():
     made = sorted_and_tried(lambda w, x: [w * x], [W], [X], n_outs=1)
-    assert (made.recorded, made.fixed, made.residuals.spared) == ([], [], 0)
+    assert (made.recorded, made.fixed, made.residuals.remade_bytes) == ([], [], 0)
 
 
 def test_numbers_written_in_the_program():
@@ -233,7 +233,7 @@ def test_a_key_is_a_residual_like_any_other():
     closed = jax.make_jaxpr(lambda key, x: [key, jnp.tanh(x)])(like, jnp.asarray(X))
     found = Residuals.of(closed, 0, 0, True)
     assert found.recorded == (0, 1)
-    assert found.avals[0].dtype == like.dtype
+    assert found.structs[0].dtype == like.dtype
 
 
 # ------------------------------------------------------ what depends on parameters
@@ -256,7 +256,7 @@ def test_under_current_nothing_is_made_again_of_parameters():
     """w s stays as it was recorded, with the w of that step."""
     made = sorted_and_tried(with_parameters, [W, W + 1], [X, 2 * X], n_outs=1, stored=False)
     assert (made.recorded, made.fixed) == ([0, 4], [1, 2, 3, 6])
-    assert made.residuals.spared == X.nbytes  # of 3 s
+    assert made.residuals.remade_bytes == X.nbytes  # of 3 s
 
     # With other parameters afterwards: theirs where a value is theirs alone.
     found, then, now = made.residuals, [W, W + 1], [10 * W, 3 - W]
@@ -351,7 +351,7 @@ def test_random_programs():
         jaxpr, found = made.closed.jaxpr, made.residuals
         maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
         recorded = {jaxpr.outvars[i] for i in found.recorded}
-        fixed = {jaxpr.outvars[i] for i in found.fixed}
+        fixed = {jaxpr.outvars[i] for i in found.invariant}
         left_out = set(jaxpr.outvars) - recorded - fixed
         assert not fixed or not stored
         for v in recorded:
@@ -361,7 +361,7 @@ def test_random_programs():
         for v in left_out:
             earlier = {u for u in left_out if order.index(u) < order.index(v)}
             assert cost(v, recorded | earlier, maker) <= MOST
-        assert found.spared == X.nbytes * len(left_out)
+        assert found.remade_bytes == X.nbytes * len(left_out)
         spared += len(left_out)
         current += len(fixed)
     assert spared > 40

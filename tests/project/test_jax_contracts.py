@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
-from jaxprs import inner
+from jaxpr_reading import inner
 
 F32 = jnp.float32
 X = jnp.asarray([0.5, -1.0, 2.0], F32)

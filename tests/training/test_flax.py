@@ -17,7 +17,7 @@ import pytest
 from harness import first, grid
 from jax import lax
 from oracles import check, drifting, moving, random_like, reach, refill
-from training import momentum
+from training_loops import momentum
 
 import jaxbptt
 

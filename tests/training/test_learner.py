@@ -12,8 +12,8 @@ import zoo
 from harness import F64, first, grid
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxprs import inner, rings_made_anew
-from training import (
+from jaxpr_reading import inner, rings_made_anew
+from training_loops import (
     DECAY,
     RATE,
     Optimizer,

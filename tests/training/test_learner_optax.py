@@ -10,7 +10,7 @@ import zoo
 from harness import F64, grid
 from jax import lax
 from optax import contrib
-from training import Optimizer, all_states, avals, forward, steps, wave
+from training_loops import Optimizer, all_states, avals, forward, steps, wave
 
 import jaxbptt
 

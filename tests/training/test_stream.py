@@ -13,7 +13,7 @@ import numpy as np
 import oracles
 import pytest
 from jax import lax
-from training import momentum
+from training_loops import momentum
 
 import jaxbptt
 from jaxbptt._training import learner as _learner

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from harness import draw, grid, online, pulled
 from jax import lax
-from jaxprs import products
+from jaxpr_reading import products
 from oracles import check, check_cotangents, drifting, random_like, reach
 from two_parts import CARRY, LENGTH, PARAMS, XS, step
 

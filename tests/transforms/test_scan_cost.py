@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from harness import draw, grid, worst
 from jax import lax
-from jaxprs import arrays, inner, products
+from jaxpr_reading import arrays, inner, products
 
 import jaxbptt
 from jaxbptt._transforms import scan_backward as _reverse

@@ -11,7 +11,7 @@ import oracles
 import pytest
 from harness import grid, sgd
 from jax import lax
-from jaxprs import rings_made_anew
+from jaxpr_reading import rings_made_anew
 
 import jaxbptt
 

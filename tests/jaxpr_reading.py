@@ -1,5 +1,6 @@
 """How tests look into programs."""
 
+import collections
 import re
 
 import jax
@@ -13,6 +14,15 @@ def inner(eqn):
         jaxpr = getattr(value, "jaxpr", value)
         if hasattr(jaxpr, "eqns"):
             yield jaxpr
+
+
+def primitives(jaxpr):
+    """How often each primitive stands in a program, inner programs included."""
+    found = collections.Counter(eqn.primitive.name for eqn in jaxpr.eqns)
+    for eqn in jaxpr.eqns:
+        for each in inner(eqn):
+            found += primitives(each)
+    return found
 
 
 # What hands a ring on, or writes one slot of it in place.
