@@ -306,7 +306,7 @@ FAULTS = [Fault(*row) for row in [
     ("norms of half precision are taken in half precision", "_inspection/by_lag", "by_lag",
      "if jnp.finfo(value.dtype).bits < 32:", "if jnp.finfo(value.dtype).bits < 16:"),
     ("the fit begins at a quarter", "_inspection/decay", "decay",
-     "jnp.minimum(there // 2, there - 2)", "jnp.minimum(there // 4, there - 2)"),
+     "jnp.minimum(extent // 2, extent - 2)", "jnp.minimum(extent // 4, extent - 2)"),
     ("a window beyond the tape is a step too short", "_inspection/decay", "decay",
      "jnp.ceil(jnp.log(ratio) / jnp.log(rate))", "jnp.floor(jnp.log(ratio) / jnp.log(rate))"),
     ("what is past the tape doesn't count", "_inspection/decay", "decay",
