@@ -95,6 +95,7 @@ def gradient_by_lag(
     params, x = as_strong_arrays(params, "params"), x_struct(tape)
     closure, tape = closure_for(recorder, params, tape, x)
     window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
+    # Terms and sums become norms inside the loop, where one lag's are held at a time.
     found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)
     unreached = closure.window - window.steps
     terms, lams = ([padded(v, unreached) for v in vs] for vs in found[:2])
@@ -125,6 +126,7 @@ def _norms(mask: Mask, norms: list, primal: PyTree, window: int) -> PyTree:
 def _norm(value: jax.Array) -> jax.Array:
     """The Euclidean norm, in float32 at least."""
     value = jnp.abs(value)
-    if jnp.finfo(value.dtype).bits < 32:  # squares would overflow, and their sum lose digits
+    # In half precision squares would overflow, and their sum lose digits.
+    if jnp.finfo(value.dtype).bits < 32:
         value = value.astype(jnp.float32)
     return jnp.sqrt(jnp.sum(value * value))

@@ -88,6 +88,7 @@ def check_step(
     record(step, window=window, weights=weights, has_aux=has_aux).init(*one_step)
 
     plain = _without_aux(step, has_aux)
+    # What is wrong with the step itself would show as a wrong gradient: it is looked for first.
     if findings := _not_repeatable(_without_aux(_unjitted(step), has_aux), one_step):
         return Report(False, findings)
     given = [*_not_finite(args.params, "params"), *_not_finite(args.carry, "carry")]
@@ -115,6 +116,7 @@ def _checked(
     _errors.positive_int("window", window)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance must be a positive number or None, but got {tolerance!r}.")
+    # Python numbers and weakly typed arrays would be other dtypes here than in a recorded loop.
     params, carry, xs = (
         as_strong_arrays(tree, name)
         for tree, name in ((params, "params"), (carry, "carry"), (xs, "xs"))
@@ -130,6 +132,7 @@ def _checked(
             "xs must have a first axis over the same number of time steps, at least 1, in every "
             f"leaf, but got {came}. Stack the inputs of the steps."
         )
+    # Without leaves xs don't say how long the run is.
     return _Arguments(params, carry, xs, next(iter(lengths.values()), (window,))[0])
 
 
@@ -143,7 +146,7 @@ def _without_aux(step: Callable, has_aux: bool) -> Callable:
 
 
 def _unjitted(step: Callable) -> Callable:
-    """The function in a `jax.jit`, which would give the same trace again."""
+    """The function in a `jax.jit`, for jit would find the trace that it made before."""
     return getattr(step, "__wrapped__", step) if hasattr(step, "lower") else step
 
 
@@ -157,6 +160,7 @@ def _row(xs: PyTree, index: int) -> PyTree:
 
 def _not_repeatable(step: Callable, args: tuple) -> list[Finding]:
     """Whether the same arguments give other outputs when run again, or traced again."""
+    # Whatever the step draws, the caller's generators go on as if it hadn't run.
     saved = np.random.get_state(), random.getstate()
 
     def rewind() -> None:
@@ -164,7 +168,7 @@ def _not_repeatable(step: Callable, args: tuple) -> list[Finding]:
         random.setstate(saved[1])
 
     def fresh() -> Callable:
-        # Under the same function's identity jit would find the old trace.
+        # A function of its own, or jit would find the trace of the last one.
         return jax.jit(lambda *args: step(*args))
 
     try:
@@ -192,6 +196,7 @@ def _difference(one: tuple[PyTree, PyTree], other: tuple[PyTree, PyTree]) -> str
     for path, v, w in zip(names, jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
             v, w = jax.random.key_data(v), jax.random.key_data(w)
+        # Threads may add up in another order each time.
         room = 64 * float(jnp.finfo(v.dtype).eps) if is_differentiable(v) else 0.0
         v, w = (np.asarray(u).astype(np.complex128) for u in (v, w))
         size = np.max(np.abs(v), initial=0.0, where=np.isfinite(v))
@@ -229,6 +234,7 @@ def _recorded_run(
     Returns:
         What was recorded of the last steps, and (carries, ys) of all, leaves (length, ...).
     """
+    # A loss with a random weight for each output: no two errors cancel but by chance.
     struct = jax.eval_shape(step, args.params, args.carry, _row(args.xs, 0))
     ct_carry, ct_y = _random_cotangents(struct)
     recorder = record(step, window=window, weights=weights)
@@ -245,9 +251,11 @@ def _recorded_run(
         terms = gradient_by_lag(recorder, params, tape, ct_ys, ct_carry, full=True)
         ct = recorder.pullback(params, tape, ct_ys, ct_carry)
         ct_xs = jax.tree.map(lambda leaf: leaf[::-1], ct.xs)  # from oldest first to lag 0 first
-        return differentiable_leaves((terms.params, terms.carry, ct_xs)), ct.params, outputs
+        by_lag = differentiable_leaves((terms.params, terms.carry, ct_xs))
+        return by_lag, differentiable_leaves(ct.params), outputs
 
     by_lag, total, (carries, ys) = run(args.params, args.carry, args.xs)
+    # Where fewer steps are recorded than the window has, the rest of `by_lag` is zero.
     n = min(window, args.length)
     before = args.length - n  # steps that are no longer in the window
     recorded = Recorded(
@@ -258,20 +266,21 @@ def _recorded_run(
         differentiable_leaves(_row((carries, ys), args.length - 1)),
         [np.asarray(v).astype(np.complex128) for v in differentiable_leaves((ct_carry, ct_y))],
         [leaf[:n] for leaf in by_lag],
-        differentiable_leaves(total),
+        total,
     )
     return recorded, (carries, ys)
 
 
 def _random_cotangents(struct: PyTree) -> PyTree:
     """Normal numbers, and float0 where nothing can flow."""
+    # With a fixed seed, so that a report can be had again.
     rng = np.random.default_rng(0)
 
     def cotangent(leaf: Any) -> Any:
         if not is_differentiable(leaf):
             return np.zeros(leaf.shape, jax.dtypes.float0)
         value = rng.normal(size=leaf.shape)
-        if jnp.iscomplexobj(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             value = value + 1j * rng.normal(size=leaf.shape)
         return jnp.asarray(value, leaf.dtype)
 

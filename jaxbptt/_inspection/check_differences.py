@@ -57,6 +57,7 @@ def compare(step: Callable, recorded: Recorded, tolerance: float | None) -> Repo
         recorded: a run whose outputs are finite.
         tolerance: the relative difference allowed, or None, as for `check_step`.
     """
+    # The recorded gradient is allowed the rounding errors of the dtypes that it was computed in.
     own = _narrowest(step, recorded, [*_dtypes(recorded), *(v.dtype for v in recorded.outputs)])
     tolerance = tolerance or _eps(own) ** 0.5
     reference = _reference(step, recorded, _eps(own) ** 0.5)
@@ -100,6 +101,7 @@ def _measure(recorded: Recorded, reference: "_Reference") -> dict[str, list[_Mea
     trees = {"params": recorded.params, "carry": recorded.carry, "x": recorded.xs}
     leaves = [leaf for name, tree in trees.items() for leaf in named_leaves(tree, name)]
     numbers = [i for i, (_, leaf) in enumerate(leaves) if is_differentiable(leaf)]
+    # One generator for all leaves, so that no two have the same signs.
     rng, measured = np.random.default_rng(1), {}
     for i, gradients in zip(numbers, recorded.by_lag, strict=True):
         path, lags = leaves[i][0], []
@@ -155,6 +157,7 @@ def _judge_one(path: str, lag: int, m: _Measured, room: float) -> tuple[Finding 
     """What is wrong by more than `room`, if anything, and how many directions were in doubt."""
     if not np.all(np.isfinite(m.gradient)):
         return words.not_finite("The gradient of", path, lag), 0
+    # What rounding explains is no gap, and what a kink nearby may explain is not a sure one.
     got = [_along(m.gradient, v) for v in m.directions]
     gaps = [abs(g - d.value) - d.noise for g, d in zip(got, m.differences, strict=True)]
     sure = [gap - d.doubt for gap, d in zip(gaps, m.differences, strict=True)]
@@ -162,6 +165,7 @@ def _judge_one(path: str, lag: int, m: _Measured, room: float) -> tuple[Finding 
     worst = int(np.argmax(sure))
     if sure[worst] > room:
         expected = m.differences[worst].value
+        # Zero to the last bit is no rounding error: something has cut the gradient.
         if np.any(m.gradient):
             return words.differs(path, lag, expected, got[worst]), doubtful
         return words.cut(path, lag, expected), doubtful
@@ -179,6 +183,7 @@ def _judge_sums(
         for i, direction in enumerate(lags[0].directions):
             expected, doubt, noise = map(sum, zip(*(m.differences[i] for m in lags), strict=True))
             got = _along(total, direction)
+            # Written so that NaN is a finding too.
             if path not in found and not abs(got - expected) <= room + doubt + noise:
                 findings.append(words.sum_differs(path, expected, got))
                 break
@@ -208,6 +213,7 @@ class _Reference(NamedTuple):
             # Subtracted before they are summed: large outputs that stay would round the rest.
             of_outputs = zip(self.ct_outputs, outs, self.outputs, strict=True)
             changes.append(sum(_along(ct, v - v_0) for ct, v, v_0 in of_outputs))
+        # Each output may be off by a few ε; independent errors add up as their norm does.
         weighted = [ct * v for ct, v in zip(self.ct_outputs, self.outputs, strict=True)]
         norm = np.sqrt(sum(np.sum(np.abs(v) ** 2) for v in weighted))
         return _extrapolate(changes, h, 8 * _eps(self.dtype) * float(norm))
@@ -230,6 +236,7 @@ class _Reference(NamedTuple):
         return changed
 
     def _outputs_at(self, leaf: int, row: int, change: np.ndarray) -> list[np.ndarray]:
+        # The other leaves stay on the device: only this one is sent again.
         moved = np.array(self.leaves[leaf])
         moved[row] = moved[row] + change
         with x64() if self.in_float64 else contextlib.nullcontext():
@@ -256,6 +263,7 @@ def _extrapolate(changes: list[float], h: float, rounding: float) -> _Difference
     wide, narrow = (up - down) / (2 * h), (half_up - half_down) / h
     bend, half_bend = (up + down) / h, (half_up + half_down) / (h / 2)  # right minus left slope
     doubt = abs(2 * half_bend - bend) + 6 * abs(narrow - wide)
+    # Past the edge of a function's domain nothing is known.
     if not np.isfinite(doubt):
         return _Difference(0.0, np.inf, np.inf)
     return _Difference((4 * narrow - wide) / 3, doubt, rounding / h)
@@ -300,12 +308,14 @@ def _reference_as_given(step: Callable, recorded: Recorded, *, in_float64: bool)
         )
         return cast, differentiable_leaves(y)
 
+    # Compiled once, it serves all leaves, steps, directions and sizes.
     @jax.jit
     def run(leaves: list) -> list:
         copies = jax.tree.unflatten(treedef, leaves)
         newest, ys = lax_scan(run_step, recorded.carry, copies, length=n)
         return [*differentiable_leaves(newest), *(y[-1] for y in ys)]
 
+    # Every step gets a copy of its own, so that one can be changed and the others not.
     trees = recorded.params, recorded.carry
     copies = jax.tree.map(lambda v: jnp.broadcast_to(v, (n, *v.shape)), trees)
     leaves, treedef = jax.tree.flatten((*copies, recorded.xs))
@@ -354,8 +364,9 @@ def _narrowest(step: Callable, recorded: Recorded, dtypes: Iterable[Any]) -> Any
 
 
 def _rounded_to(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    """The dtypes that something wider is rounded to, also in functions that are called."""
+    """The dtypes that something wider is rounded to."""
     for eqn in jaxpr.eqns:
+        # Calls, loops, branches and custom rules have their jaxprs among their parameters.
         for value in jax.tree.leaves([*eqn.params.values()]):
             inner = getattr(value, "jaxpr", value)
             if isinstance(inner, core.Jaxpr):

@@ -61,6 +61,7 @@ class Report:
             raise ValueError(str(self))
 
     def __str__(self) -> str:
+        # A step that is wrong is wrong at many leaves and lags: the first of them will do.
         count = len(self.findings)
         verdict = f"{count} finding{'s' if count > 1 else ''}" if count else "ok"
         shown = self.findings[:_SHOWN]
@@ -87,6 +88,7 @@ def _table(findings: Sequence[Finding]) -> list[str]:
     for f in findings:
         numbers = ("-" if v is None else f"{v:.6g}" for v in (f.expected, f.got))
         rows.append((f.kind, f.path, "-" if f.lag is None else str(f.lag), *numbers))
+    # The last column isn't padded: no line ends in blanks.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 

@@ -126,6 +126,7 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
     """
     _errors.one_of("by", by, ("params", "carry"))
     lags = _checked_norms(lags)
+    # A line needs two lags.
     last = len(jax.tree.leaves(lags.params)[0]) - 2
     if burn_in is not None and (type(burn_in) is not int or not 0 <= burn_in <= last):
         raise ValueError(
@@ -143,6 +144,7 @@ def _fit(lags: ByLag, burn_in: int | None, by: str) -> Decay:
     recorded = lag < jnp.maximum(_extent(params), _extent(lams))
     # Zero in one alone: λ is not handed on, or it doesn't get to the parameters.
     ends = _extent(params) != _extent(lams)
+    # Past what is recorded the line goes on, on the tape and beyond it.
     line = fit_line(params if by == "params" else lams, burn_in)
     if by == "params":
         terms, beyond = jnp.where(recorded, params, line.at(lag)), line.sum_from(len(params))
@@ -198,9 +200,10 @@ def fit_line(norms: jax.Array, burn_in: int | None) -> Line:
     lags = jnp.arange(len(norms), dtype=jnp.int32)
     used = (norms > 0) & jnp.isfinite(norms) & (lags >= first)
     lags = lags.astype(norms.dtype)
-    # Both sides of a `where` are computed, so that no logarithm may be taken of zero.
+    # What is left out gets the logarithm 0: in the sums, 0 times that of zero would be NaN.
     logs, n = jnp.log(jnp.where(used, norms, 1)), jnp.sum(used, dtype=norms.dtype)
     lag, log = (jnp.sum(jnp.where(used, v, 0)) / n for v in (lags, logs))
+    # Centred sums keep their digits where the lags are large.
     centred = jnp.where(used, lags - lag, 0)
     slope = jnp.sum(centred * (logs - log)) / jnp.sum(centred * centred)
     return Line(slope, lag, log, jnp.asarray(first, jnp.int32))
@@ -233,9 +236,11 @@ def _smallest_window(enough: jax.Array, ratio: jax.Array, rate: jax.Array) -> ja
         rate: β.
     """
     window = enough.shape[-1]
+    # Past the tape what is missed falls by β with each step.
     longer = window + jnp.ceil(jnp.log(ratio) / jnp.log(rate))
     known = (rate < 1) & (longer < _NO_WINDOW / 2)  # neither holds for NaN
     longer = jnp.where(known, jnp.maximum(longer, window + 1), 0).astype(jnp.int32)
+    # Of equal values argmax takes the first.
     first = jnp.argmax(enough, axis=-1).astype(jnp.int32) + 1
     return jnp.where(enough.any(axis=-1), first, jnp.where(known, longer, _NO_WINDOW))
 
@@ -272,5 +277,6 @@ def _checked_norms(lags: Any) -> ByLag:
             "lags.params must have a leaf, for what a window cuts short is the gradient of the "
             f"parameters, but got {lags.params!r}. Pass what the step learns as params."
         )
+    # One dtype for all, as norms of parameters and of the carry are compared.
     dtype = max((kind.dtype for kind in kinds.values()), key=lambda d: jnp.finfo(d).bits)
     return jax.tree.map(lambda v: v.astype(dtype), lags)

@@ -112,6 +112,7 @@ def draw_norms(
 
     norms = np.asarray(norms)
     lags = np.arange(len(norms))
+    # The rate of a thin line is in its label, but its dashes would cover the others'.
     fit = fit_line(jnp.asarray(norms), burn_in)
     rate = float(fit.rate)
     label = f"{name}  {_rounded(rate)} per step" if rate > 0 else name
@@ -134,6 +135,7 @@ def lay_out(ax: "Axes", window: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_yscale("log")
+    # A gradient that was drawn here before may reach further back.
     before = [np.size(line.get_xdata()) for line in ax.lines if line.get_gid() == _PART]
     ax.set_xlim(-0.5, max(window, *before, 0) - 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -182,6 +184,7 @@ def _draw_window(ax: "Axes", decay: Decay, share: float) -> None:
     if np.isnan(decay.share[-1]):
         label = f"can't tell what window has {percent}"
     if end <= window:
+        # Between two lags, so that it is clear which is the last one within.
         ax.axvline(end - 0.5, color=_INK, linewidth=0.7, zorder=1, label=label)
     else:
         # An empty line takes the label into the legend.
@@ -193,6 +196,7 @@ def _column() -> "Axes":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # pyplot would keep the figure alive, and may want a display.
     figure = Figure(figsize=(3.5, 2.0), dpi=300, layout="constrained")
     FigureCanvasAgg(figure)
     ax: Axes = figure.subplots()

@@ -160,6 +160,7 @@ def _rows(closure: Closure, jaxpr: core.Jaxpr, given: dict[str, PyTree]) -> list
     for group, tree in given.items():
         paths += [group + jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(tree)]
     path = {id(v): name for v, name in zip(jaxpr.invars, paths, strict=True)}
+    # A value that comes from an input unchanged is called by the input's path.
     origins = [_origin(jaxpr, v) for v in jaxpr.outvars]
     tags = {id(origin.variable): origin.tag for origin in origins if origin.tag}
     place = dict.fromkeys(closure.recorded, "ring") | dict.fromkeys(closure.fixed, "parameters")
@@ -233,6 +234,7 @@ def _under_policy(
 ) -> Policy | None:
     """Traces the step under `jax.checkpoint`; None where JAX can't."""
     policy = getattr(jax.checkpoint_policies, name)
+    # The step may be an object that is not hashable, which jax.checkpoint would ask for.
     step = jax.checkpoint(lambda *args: recorder.step(*args), policy=policy)
     try:
         closure = trace_recorder(dataclasses.replace(recorder, step=step), *given.values())
@@ -253,6 +255,7 @@ def _products(jaxpr: core.Jaxpr) -> int:
     for eqn in jaxpr.eqns:
         nested = [getattr(p, "jaxpr", p) for p in jax.tree.leaves([*eqn.params.values()])]
         inner = sum(_products(p) for p in nested if isinstance(p, core.Jaxpr))
+        # How often a while loop runs isn't known, nor which branch: each jaxpr counts once.
         count += inner * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
         count += eqn.primitive.name in ("dot_general", "conv_general_dilated")
     return count
@@ -263,6 +266,7 @@ def _suggestion(per_step: int, policies: list[Policy]) -> str | None:
     small = [p for p in policies if 5 * p.nbytes <= 4 * per_step > 0]
     if not small:
         return None
+    # Time is worth more than bytes: among those that save enough, the cheapest.
     best = min(small, key=lambda p: (p.products, p.nbytes))
     return (
         f"Try jax.checkpoint(step, policy=jax.checkpoint_policies.{best.name}): {best.nbytes:,} "
