@@ -95,7 +95,7 @@ def gradient_by_lag(
     params, x = as_strong_arrays(params, "params"), x_struct(tape)
     closure, tape = closure_for(recorder, params, tape, x)
     window, lam, ct_ys, rows = given_window(closure, tape, params, ct_ys, ct_carry)
-    # Terms and sums become norms inside the loop, where one lag's are held at a time.
+    # What is asked for as norms becomes so inside the loop, where one lag's are held at a time.
     found = by_lag(closure, window, lam, ct_ys, rows, (lambda v: v) if full else _norm, _norm)
     unreached = closure.window - window.steps
     terms, lams = ([padded(v, unreached) for v in vs] for vs in found[:2])
