@@ -17,20 +17,21 @@ from jaxbptt._types import PyTree
 
 
 class ByLag(NamedTuple):
-    """What `gradient_by_lag` returns: leaves with an axis over the lags in front, lag 0 first.
+    """What `gradient_by_lag` returns: leaves with a first axis over the lags, lag 0 first.
 
-    Norms: float arrays (window,), one for each leaf. In full: arrays (window, *leaf.shape).
-    Zero at lags that nothing is recorded for, or that a part's own window does not reach.
+    Norms are float arrays (window,), one for each leaf; with `full=True` there are arrays
+    (window, *leaf.shape). Both are zero at lags for which nothing is recorded, or which a
+    part's own window does not reach.
 
     Attributes:
-        params: of the contribution to each parameter's gradient; summed over the lags it is
-            the gradient.
-        carry: of λ as it leaves the step at this lag, the cotangent of the carry that entered
-            it (dhnext in a hand-written backward pass). At the last lag that is reached it
-            is `pullback`'s.
-        partial: norms, in full too: of the sum of the contributions of lags 0 … k. That is
-            the gradient of each parameter that a window of k+1 would have given (of no more
-            than k+1 for any part). Stays where it is at lags that nothing is recorded for.
+        params: the contribution to each parameter's gradient; summed over the lags, these
+            are the gradient.
+        carry: λ as it leaves the step at this lag, the cotangent of the carry that entered it
+            (dhnext in a hand-written backward pass). At the last lag that is reached it is
+            `pullback`'s `ct.carry`.
+        partial: always norms, of the sum of the contributions of lags 0 … k. That sum is the
+            gradient of each parameter that a window of k+1 would have given (of no more than
+            k+1 for any part). At lags for which nothing is recorded it stays as it is.
     """
 
     params: PyTree
@@ -47,15 +48,15 @@ def gradient_by_lag(
     *,
     full: bool = False,
 ) -> ByLag:
-    """Lays a gradient open by lag: how far back credit really flows.
+    """Splits a gradient by lag, to show how far back credit really flows.
 
     The terms of the sum that `Recorder.pullback` gives, for k = 0 … window-1:
 
         θ̄_k = (∂c_{t-k}/∂θ)ᵀ λ_{t-k} + (∂y_{t-k}/∂θ)ᵀ ȳ_{t-k}     and     λ_{t-k-1}
 
     or their Euclidean norms, for which no more than one lag's terms are held at a time, and
-    the norms of θ̄_0 + … + θ̄_k. `fit_decay` makes a rate and a window of them, `plot_by_lag`
-    a picture.
+    the norms of θ̄_0 + … + θ̄_k. `fit_decay` turns them into a rate and a window,
+    `plot_by_lag` draws them.
 
     Args:
         recorder: what `record` returned.
@@ -73,8 +74,8 @@ def gradient_by_lag(
         ValueError: as for `pullback`.
 
     Cost:
-        `window` pullbacks of the step, and for each two arrays of each parameter's size: the
-        lag's own term, and the sum so far.
+        `window` pullbacks of the step, and two arrays of each parameter's size at a time: the
+        lag's own term, and the sum so far. With `full=True` all `window` terms.
 
     References:
         Aicher, Foti & Fox, "Adaptively Truncating Backpropagation Through Time to Control
@@ -95,10 +96,12 @@ def gradient_by_lag(
     params, x = as_strong_arrays(params, "params"), x_struct(tape)
     closure, tape = closure_for(recorder, params, tape, x)
     window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
+    # What is asked for as norms becomes so inside the loop, where one lag's are held at a time.
     found = by_lag(closure, window, arriving, (lambda v: v) if full else _norm, _norm)
     length = closure.layout.window
     unreached = length - window.steps
     terms, lams = ([padded(v, unreached) for v in vs] for vs in (found.params, found.carry))
+    # Behind the last lag that is reached the sum of contributions doesn't fall back to zero.
     sums = [jnp.pad(v, (0, unreached), mode="edge") for v in found.sums]
     of_params, of_carry = closure.layout.followed.params, closure.layout.followed.carry
     partial = _norms(of_params, sums, params, length)
@@ -117,13 +120,15 @@ def gradient_by_lag(
 
 
 def _norms(mask: Mask, norms: list, primal: PyTree, window: int) -> PyTree:
-    """Norms in the structure of `primal`, zero where nothing can flow, so that all can be added."""
+    """Norms in the structure of `primal`; zeros where nothing can flow, so that all add up."""
     nothing = [jnp.zeros(window, jnp.float32)] * (len(mask) - len(norms))
     return jax.tree.unflatten(jax.tree.structure(primal), combine(mask, norms, nothing))
 
 
 def _norm(value: jax.Array) -> jax.Array:
+    """The Euclidean norm, in float32 at least."""
     value = jnp.abs(value)
-    if jnp.finfo(value.dtype).bits < 32:  # squares would overflow, and their sum lose digits
+    # In half precision squares would overflow, and their sum lose digits.
+    if jnp.finfo(value.dtype).bits < 32:
         value = value.astype(jnp.float32)
     return jnp.sqrt(jnp.sum(value * value))

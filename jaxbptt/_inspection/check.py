@@ -2,20 +2,27 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
+from jaxbptt._compat import lax_scan
 from jaxbptt._inspection import check_report as words
-from jaxbptt._inspection.check_compare import compare
+from jaxbptt._inspection.by_lag import gradient_by_lag
+from jaxbptt._inspection.check_differences import (
+    Recorded,
+    compare,
+    differentiable_leaves,
+    is_differentiable,
+    named_leaves,
+)
 from jaxbptt._inspection.check_report import Finding, Report
-from jaxbptt._inspection.check_run import recorded_run, row
 from jaxbptt._transforms.record import record
+from jaxbptt._transforms.tape import Tape
 from jaxbptt._types import PyTree, StepFn
 
 
@@ -40,7 +47,7 @@ def check_step(
         D(h) = (L(θ_{t-k} + h v) - L(θ_{t-k} - h v)) / 2h
 
     so that no reverse rule of the step is trusted; then the sum over lags with the
-    gradient that a recorder of the step itself gives. h is ∛ε of the leaf's size.
+    gradient of the whole window. h is ∛ε of the leaf's size.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, as for `record`.
@@ -62,9 +69,9 @@ def check_step(
         TypeError: the step doesn't return `(carry, y)` with the carry's type.
 
     Cost:
-        T recorded steps, 2 * `window` pullbacks and, for each leaf at each lag, 15 runs of
-        `window` steps. In bytes the ring, and three copies of the parameters per lag in
-        float64. Meant for small sizes, outside of jit.
+        T recorded steps, 2 * `window` pullbacks and, for each leaf at each lag, 12 runs of
+        `window` steps, 36 where it gets no gradient. In bytes the ring, and two copies of
+        the parameters per lag, one in float64. Meant for small sizes, outside of jit.
 
     References:
         Griewank & Walther, "Evaluating Derivatives", SIAM, 2008: differences, their errors.
@@ -75,28 +82,41 @@ def check_step(
         >>> jaxbptt.check_step(step, 0.5, 0.0, jnp.ones(4), window=2).ok
         True
     """
-    params, carry, xs, length = _arguments(params, carry, xs, window, tolerance)
-    args = (params, carry, row(xs, 0))
-    record(step, window=window, weights=weights, has_aux=has_aux).init(*args)  # refuses misuse
+    args = _checked(params, carry, xs, window, tolerance)
+    one_step = (args.params, args.carry, _row(args.xs, 0))
+    # `init` refuses steps and options that can't be, in the words that users know from `record`.
+    record(step, window=window, weights=weights, has_aux=has_aux).init(*one_step)
 
     plain = _without_aux(step, has_aux)
-    bad = _unsteady(_without_aux(_unjitted(step), has_aux), args)
-    if bad := bad or _not_finite_given(params, carry, xs):
-        return Report(False, bad)
-    recorded, carries, ys = recorded_run(plain, params, carry, xs, length, window, weights)
-    bad = _first_not_finite(carries, ys)
-    return Report(False, bad) if bad else compare(plain, recorded, tolerance)
+    # What is wrong with the step itself would show as a wrong gradient: it is looked for first.
+    if findings := _not_repeatable(_without_aux(_unjitted(step), has_aux), one_step):
+        return Report(False, findings)
+    given = [*_not_finite(args.params, "params"), *_not_finite(args.carry, "carry")]
+    if given := [*given, *_not_finite(args.xs, "xs")]:
+        return Report(False, [words.not_finite("What was given as", path) for path, _ in given])
+    recorded, outputs = _recorded_run(plain, args, window, weights)
+    if findings := _first_not_finite(*outputs, args.length):
+        return Report(False, findings)
+    return compare(plain, recorded, tolerance)
 
 
 # ------------------------------------------------------------------ arguments
 
 
-def _arguments(
+class _Arguments(NamedTuple):
+    params: PyTree
+    carry: PyTree
+    xs: PyTree  # leaves (length, *x.shape)
+    length: int
+
+
+def _checked(
     params: PyTree, carry: PyTree, xs: PyTree, window: Any, tolerance: float | None
-) -> tuple[PyTree, PyTree, PyTree, int]:
+) -> _Arguments:
     _errors.positive_int("window", window)
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance must be a positive number or None, but got {tolerance!r}.")
+    # Python numbers and weakly typed arrays would be other dtypes here than in a recorded loop.
     params, carry, xs = (
         as_strong_arrays(tree, name)
         for tree, name in ((params, "params"), (carry, "carry"), (xs, "xs"))
@@ -105,14 +125,15 @@ def _arguments(
         raise ValueError(
             "check_step must be given arrays, but got traced ones: call it outside jit."
         )
-    lengths = {path: leaf.shape[:1] for path, leaf in _leaves(xs, "xs")}
+    lengths = {path: leaf.shape[:1] for path, leaf in named_leaves(xs, "xs")}
     if len({*lengths.values()}) > 1 or {(), (0,)} & {*lengths.values()}:
         came = ", ".join(f"{path}: {n[0] if n else 'no axis'}" for path, n in lengths.items())
         raise ValueError(
             "xs must have a first axis over the same number of time steps, at least 1, in every "
             f"leaf, but got {came}. Stack the inputs of the steps."
         )
-    return params, carry, xs, next(iter(lengths.values()), (window,))[0]
+    # Without leaves xs don't say how long the run is.
+    return _Arguments(params, carry, xs, next(iter(lengths.values()), (window,))[0])
 
 
 def _without_aux(step: Callable, has_aux: bool) -> Callable:
@@ -125,19 +146,21 @@ def _without_aux(step: Callable, has_aux: bool) -> Callable:
 
 
 def _unjitted(step: Callable) -> Callable:
-    """The function in a `jax.jit`, which would give the same trace again."""
+    """The function in a `jax.jit`, for jit would find the trace that it made before."""
     return getattr(step, "__wrapped__", step) if hasattr(step, "lower") else step
 
 
-def _leaves(tree: PyTree, name: str) -> list[tuple[str, Any]]:
-    return [(name + keystr(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
+def _row(xs: PyTree, index: int) -> PyTree:
+    """One step's tree out of a stack of them."""
+    return jax.tree.map(lambda leaf: leaf[index], xs)
 
 
 # --------------------------------------------------------- the step by itself
 
 
-def _unsteady(step: Callable, args: tuple) -> list[Finding]:
-    """Whether the same arguments give the same outputs: run again, and traced again."""
+def _not_repeatable(step: Callable, args: tuple) -> list[Finding]:
+    """Whether the same arguments give other outputs when run again, or traced again."""
+    # Whatever the step draws, the caller's generators go on as if it hadn't run.
     saved = np.random.get_state(), random.getstate()
 
     def rewind() -> None:
@@ -145,7 +168,8 @@ def _unsteady(step: Callable, args: tuple) -> list[Finding]:
         random.setstate(saved[1])
 
     def fresh() -> Callable:
-        return jax.jit(lambda *args: step(*args))  # another function, or its trace is found again
+        # A function of its own, or jit would find the trace of the last one.
+        return jax.jit(lambda *args: step(*args))
 
     try:
         run = fresh()
@@ -153,6 +177,7 @@ def _unsteady(step: Callable, args: tuple) -> list[Finding]:
         if path := _difference(first, run(*args)):
             return [words.random(path, "runs")]
         if path := _difference(first, fresh()(*args)):
+            # A draw is the same again from the same state of the generators, a counter isn't.
             rewind()
             drawn = not _difference(first, fresh()(*args))
             return [words.random(path, "is traced") if drawn else words.state(path)]
@@ -163,40 +188,100 @@ def _unsteady(step: Callable, args: tuple) -> list[Finding]:
 
 def _difference(one: tuple[PyTree, PyTree], other: tuple[PyTree, PyTree]) -> str | None:
     """The path of the first output that differs by more than an order of summation may."""
-    for name, a, b in zip(("carry", "y"), one, other, strict=True):
-        for (path, v), w in zip(_leaves(a, name), jax.tree.leaves(b), strict=True):
-            if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
-                v, w = jax.random.key_data(v), jax.random.key_data(w)
-            if not jnp.issubdtype(v.dtype, jnp.inexact):
-                same = np.array_equal(v, w)
-            else:
-                room = 64 * float(jnp.finfo(v.dtype).eps)
-                v, w = (np.asarray(u).astype(np.complex128) for u in (v, w))
-                size = np.max(np.abs(v), initial=0.0, where=np.isfinite(v))
-                same = np.allclose(v, w, rtol=0.0, atol=room * size, equal_nan=True)
-            if not same:
-                return path
+    names = [
+        path
+        for name, tree in zip(("carry", "y"), one, strict=True)
+        for path, _ in named_leaves(tree, name)
+    ]
+    for path, v, w in zip(names, jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
+            v, w = jax.random.key_data(v), jax.random.key_data(w)
+        # Threads may add up in another order each time.
+        room = 64 * float(jnp.finfo(v.dtype).eps) if is_differentiable(v) else 0.0
+        v, w = (np.asarray(u).astype(np.complex128) for u in (v, w))
+        size = np.max(np.abs(v), initial=0.0, where=np.isfinite(v))
+        if not np.allclose(v, w, rtol=0.0, atol=room * size, equal_nan=True):
+            return path
     return None
 
 
-def _finite(leaf: Any) -> bool:
-    return not jnp.issubdtype(leaf.dtype, jnp.inexact) or bool(jnp.all(jnp.isfinite(leaf)))
-
-
-def _not_finite_given(params: PyTree, carry: PyTree, xs: PyTree) -> list[Finding]:
-    given = [*_leaves(params, "params"), *_leaves(carry, "carry"), *_leaves(xs, "xs")]
+def _not_finite(tree: PyTree, name: str) -> list[tuple[str, Any]]:
+    """The leaves with a NaN or an infinity."""
     return [
-        words.not_finite(path, None, "What was given as ") for path, v in given if not _finite(v)
+        (path, leaf)
+        for path, leaf in named_leaves(tree, name)
+        if is_differentiable(leaf) and not jnp.all(jnp.isfinite(leaf))
     ]
 
 
-def _first_not_finite(carries: PyTree, ys: PyTree) -> list[Finding]:
+def _first_not_finite(carries: PyTree, ys: PyTree, length: int) -> list[Finding]:
     """The outputs that are not finite at the first step where one is not."""
-    outs = [*_leaves(carries, "carry"), *_leaves(ys, "y")]
-    outs = [(path, leaf) for path, leaf in outs if not _finite(leaf)]
-    for step in range(len(outs[0][1]) if outs else 0):
-        lag = len(outs[0][1]) - 1 - step
-        bad = [path for path, leaf in outs if not _finite(leaf[step])]
-        if bad:
-            return [words.not_finite(path, lag, "The output ") for path in bad]
+    bad = [*_not_finite(carries, "carry"), *_not_finite(ys, "y")]
+    for step in range(length):
+        if first := [path for path, leaf in bad if not jnp.all(jnp.isfinite(leaf[step]))]:
+            return [words.not_finite("The output", path, length - 1 - step) for path in first]
     return []
+
+
+# ------------------------------------------------------------ the recorded run
+
+
+def _recorded_run(
+    step: Callable, args: _Arguments, window: int, weights: str
+) -> tuple[Recorded, tuple[PyTree, PyTree]]:
+    """Records the run, and takes the gradient of a random loss of its newest step.
+
+    Returns:
+        What was recorded of the last steps, and (carries, ys) of all, leaves (length, ...).
+    """
+    # A loss with a random weight for each output: no two errors cancel but by chance.
+    struct = jax.eval_shape(step, args.params, args.carry, _row(args.xs, 0))
+    ct_carry, ct_y = _random_cotangents(struct)
+    recorder = record(step, window=window, weights=weights)
+
+    @jax.jit
+    def run(params: PyTree, carry: PyTree, xs: PyTree) -> Any:
+        def run_step(tape: Tape, x: PyTree) -> tuple[Tape, tuple[PyTree, PyTree]]:
+            tape, y = recorder(params, tape, x)
+            return tape, (tape.carry, y)
+
+        tape = recorder.init(params, carry, _row(xs, 0))
+        tape, outputs = lax_scan(run_step, tape, xs, length=args.length)
+        ct_ys = jax.tree.map(lambda leaf: leaf[None], ct_y)
+        terms = gradient_by_lag(recorder, params, tape, ct_ys, ct_carry, full=True)
+        ct = recorder.pullback(params, tape, ct_ys, ct_carry)
+        ct_xs = jax.tree.map(lambda leaf: leaf[::-1], ct.xs)  # from oldest first to lag 0 first
+        by_lag = differentiable_leaves((terms.params, terms.carry, ct_xs))
+        return by_lag, differentiable_leaves(ct.params), outputs
+
+    by_lag, total, (carries, ys) = run(args.params, args.carry, args.xs)
+    # Where fewer steps are recorded than the window has, the rest of `by_lag` is zero.
+    n = min(window, args.length)
+    before = args.length - n  # steps that are no longer in the window
+    recorded = Recorded(
+        args.params,
+        _row(carries, before - 1) if before else args.carry,
+        jax.tree.map(lambda leaf: leaf[before:], args.xs),
+        n,
+        differentiable_leaves(_row((carries, ys), args.length - 1)),
+        [np.asarray(v).astype(np.complex128) for v in differentiable_leaves((ct_carry, ct_y))],
+        [leaf[:n] for leaf in by_lag],
+        total,
+    )
+    return recorded, (carries, ys)
+
+
+def _random_cotangents(struct: PyTree) -> PyTree:
+    """Normal numbers, and float0 where nothing can flow."""
+    # With a fixed seed, so that a report can be had again.
+    rng = np.random.default_rng(0)
+
+    def cotangent(leaf: Any) -> Any:
+        if not is_differentiable(leaf):
+            return np.zeros(leaf.shape, jax.dtypes.float0)
+        value = rng.normal(size=leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            value = value + 1j * rng.normal(size=leaf.shape)
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree.map(cotangent, struct)

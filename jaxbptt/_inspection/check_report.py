@@ -1,9 +1,7 @@
-"""What a check found, in words."""
+"""What `check_step` reports: findings, each with a sentence, and a text to print."""
 
 import dataclasses
 from collections.abc import Sequence
-
-from jaxbptt._inspection.check_ways import Way
 
 _SHOWN = 12  # findings listed before "and n more"
 
@@ -17,7 +15,7 @@ class Finding:
             depend on the leaf), "flat" (the outputs depend on the leaf in jumps only),
             "not finite" (NaN or inf), "state" (tracing the step again gives another
             function) or "random" (the same arguments give other outputs).
-        path: the leaf, e.g. "params['w']"; "step" where it is none in particular.
+        path: the leaf, e.g. "params['w']".
         lag: steps before the newest, 0 is the newest; None where no lag is meant.
         expected: the directional derivative by finite differences, or None.
         got: what the recorded gradient gives along the same direction, or None.
@@ -63,24 +61,23 @@ class Report:
             raise ValueError(str(self))
 
     def __str__(self) -> str:
+        # A step that is wrong is wrong at many leaves and lags: the first of them will do.
         count = len(self.findings)
         verdict = f"{count} finding{'s' if count > 1 else ''}" if count else "ok"
         shown = self.findings[:_SHOWN]
         more = [f"and {count - _SHOWN} more"] if count > _SHOWN else []
-        first: dict[
-            tuple[str, str], str
-        ] = {}  # one sentence for each leaf: the rest is in the table
+        # One sentence for each leaf: the other lags are in the table.
+        sentences: dict[tuple[str, str], str] = {}
         for finding in shown:
-            first.setdefault((finding.kind, finding.path), f"* {finding.sentence}")
-        lines = [f"check_step: {verdict}", *_table(shown), *more, *first.values()]
-        return "\n".join([*lines, *self._how()])
-
-    def _how(self) -> list[str]:
-        if not self.compared:
-            return ["The gradient was not compared.", *self.notes]
-        left = f", {self.disregarded} disregarded: a kink, or rounding" if self.disregarded else ""
-        text = f"{self.compared} directional derivatives compared in {self.precision}{left}."
-        return [text, *self.notes]
+            sentences.setdefault((finding.kind, finding.path), f"* {finding.sentence}")
+        how = "The gradient was not compared."
+        if self.compared:
+            left = ""
+            if self.disregarded:
+                left = f", {self.disregarded} disregarded: a kink, or rounding"
+            how = f"{self.compared} directional derivatives compared in {self.precision}{left}."
+        head = f"check_step: {verdict}"
+        return "\n".join([head, *_table(shown), *more, *sentences.values(), how, *self.notes])
 
 
 def _table(findings: Sequence[Finding]) -> list[str]:
@@ -91,6 +88,7 @@ def _table(findings: Sequence[Finding]) -> list[str]:
     for f in findings:
         numbers = ("-" if v is None else f"{v:.6g}" for v in (f.expected, f.got))
         rows.append((f.kind, f.path, "-" if f.lag is None else str(f.lag), *numbers))
+    # The last column isn't padded: no line ends in blanks.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
@@ -98,18 +96,12 @@ def _table(findings: Sequence[Finding]) -> list[str]:
 # ------------------------------------------------------------------ sentences
 
 
-def differs(path: str, lag: int, expected: float, got: float, way: Way) -> Finding:
-    """The recorded gradient is another one than finite differences give."""
-    suspects = []
-    if way.rules:
-        suspects.append(f"the derivative rule of {_names(way.rules)}, which is on its way")
-    if way.cuts:
-        suspects.append(f"{_names(way.cuts)}, which cuts a part of it")
-    look = " and ".join(suspects) or "what step does outside of JAX"
-    look += ". A surrogate differs on purpose" if way.rules else ""
+def differs(path: str, lag: int, expected: float, got: float) -> Finding:
+    """The recorded gradient is not the one that finite differences give."""
     text = (
         f"The gradient of {path} at lag {lag} is wrong: along a random direction finite "
-        f"differences give {expected:.6g}, the recorded gradient {got:.6g}. Check {look}."
+        f"differences give {expected:.6g}, the recorded gradient {got:.6g}. Check step's custom "
+        "derivative rules (a surrogate differs on purpose), stop_gradient, and callbacks."
     )
     return Finding("gradient", path, lag, expected, got, text)
 
@@ -124,34 +116,30 @@ def sum_differs(path: str, expected: float, got: float) -> Finding:
     return Finding("gradient", path, None, expected, got, text)
 
 
-def cut(path: str, lag: int, expected: float, way: Way) -> Finding:
+def cut(path: str, lag: int, expected: float) -> Finding:
     """The recorded gradient is exactly zero where the outputs depend on the leaf."""
-    if way.cuts and not way.smooth:
-        cause = f"It is cut by {_names(way.cuts)}."
-    elif way.cuts | way.rules:
-        cause = f"Check what is on its way: {_names(way.cuts | way.rules)}."
-    else:
-        cause = "Nothing in its jaxpr cuts it: check what step does outside of JAX."
     text = (
         f"The gradient of {path} at lag {lag} is cut: by finite differences the outputs depend on "
         f"it, {expected:.6g} along a random direction, but the recorded gradient is exactly zero. "
+        "Check step for stop_gradient, and for custom derivative rules that return zeros."
     )
-    return Finding("cut", path, lag, expected, 0.0, text + cause)
+    return Finding("cut", path, lag, expected, 0.0, text)
 
 
-def flat(path: str, lag: int, way: Way) -> Finding:
+def flat(path: str, lag: int) -> Finding:
     """The outputs depend on the leaf only through what is piecewise constant."""
     text = (
-        f"From lag {lag} on, {path} reaches the outputs only through {_names(way.cuts)}: its "
-        "derivative is zero, and no gradient flows. If one should, give it a custom_vjp."
+        f"From lag {lag} on, {path} reaches the outputs in jumps only, as by rounding, a cast to "
+        "integers or a comparison: its derivative is zero, and no gradient flows. If one should, "
+        "give the operation a custom_vjp."
     )
     return Finding("flat", path, lag, 0.0, 0.0, text)
 
 
-def not_finite(path: str, lag: int | None, what: str) -> Finding:
+def not_finite(what: str, path: str, lag: int | None = None) -> Finding:
     """A NaN or an infinity, where it is first."""
     where = "" if lag is None else f" at lag {lag}, and nothing before it does"
-    return Finding("not finite", path, lag, None, None, f"{what}{path} holds NaN or inf{where}.")
+    return Finding("not finite", path, lag, None, None, f"{what} {path} holds NaN or inf{where}.")
 
 
 def state(path: str) -> Finding:
@@ -170,7 +158,3 @@ def random(path: str, when: str) -> Finding:
         "deterministic, e.g. by np.random. Draw with jax.random, from a key in the carry or in x."
     )
     return Finding("random", path, None, None, None, text)
-
-
-def _names(names: frozenset[str]) -> str:
-    return " and ".join(sorted(names))

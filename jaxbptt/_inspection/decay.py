@@ -1,4 +1,4 @@
-"""`fit_decay`: how fast a gradient decays with the lag, and the window that this asks for."""
+"""`fit_decay`: how fast a gradient decays with the lag, and which window that calls for."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._inspection.by_lag import ByLag
 from jaxbptt._types import PyTree, leaf_type
 
-_NONE = 2**31 - 1  # the answer where no window is long enough
+_NO_WINDOW = 2**31 - 1  # the answer where no window is long enough
 
 
 class Decay(NamedTuple):
@@ -22,9 +22,9 @@ class Decay(NamedTuple):
     Attributes:
         rate: β, a float scalar: the factor from one lag's norm to the next.
         carry: β of each leaf of λ, float scalars in the structure of the carry.
-        share: float (window,): of the norms of all lags' contributions, those past the tape
-            included, the part that a window of k+1 has; 0 where β ≥ 1.
-        bias: float (window,): how far at most, by estimate, the gradient of a window of k+1 is
+        share: float (window,): the part that a window of k+1 has of the summed norms of all
+            lags' contributions, those past the tape included; 0 where β ≥ 1.
+        bias: float (window,): an estimated bound of how far the gradient of a window of k+1 is
             from that of full BPTT, relative to the latter; inf where β ≥ 1, and where no
             window on the tape shows that the full gradient isn't zero.
     """
@@ -41,14 +41,17 @@ class Decay(NamedTuple):
             share: above 0, at most 1.
 
         Returns:
-            int32 scalar. Above the tape's window: how far the fitted decay has to go on, what
-            to record and not what was seen. 2³¹-1: no window is long enough, or NaN.
+            int32 scalar. Where it is above the tape's window, it is how far the fitted decay
+            has to go on: what to record, not what was seen. 2³¹-1 where no window is long
+            enough, or the fit is NaN.
 
         Raises:
             ValueError: `share` is not above 0 and at most 1.
         """
-        share = _bound("share", share, 1.0, self.share)
-        return _smallest(self.share >= share, (1 - share) / (1 - self.share[..., -1]), self.rate)
+        share = _checked_bound("share", share, 1.0, self.share)
+        return _smallest_window(
+            self.share >= share, (1 - share) / (1 - self.share[..., -1]), self.rate
+        )
 
     def window_within(self, delta: Any) -> jax.Array:
         """The smallest window whose relative bias is at most `delta`, by estimate.
@@ -62,12 +65,12 @@ class Decay(NamedTuple):
         Raises:
             ValueError: `delta` is not above 0.
         """
-        delta = _bound("delta", delta, math.inf, self.bias)
-        return _smallest(self.bias <= delta, delta / self.bias[..., -1], self.rate)
+        delta = _checked_bound("delta", delta, math.inf, self.bias)
+        return _smallest_window(self.bias <= delta, delta / self.bias[..., -1], self.rate)
 
 
 def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") -> Decay:
-    """Fits a geometric decay to a gradient by lag, and tells what each window misses.
+    """Fits a geometric decay to a gradient by lag, and estimates what each window misses.
 
     With e_k the norm of what lag k adds to the gradient, a line of slope log β fitted to
     log e_k by least squares from lag `burn_in` on, and e_k on that line past the tape:
@@ -80,28 +83,31 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
     that of full BPTT, whose norm is no less than any ‖ĝ_j‖ - T(j).
 
     It is assumed that norms decay geometrically *in expectation* from `burn_in` on, past the
-    tape as on it. Those of one step scatter, so take the mean over many:
-    `jax.tree.map(lambda v: v.mean(0), stacked)`. The bias is then E‖ĝ_K - ĝ‖ / E‖ĝ‖, means
-    leaf by leaf, that of a gradient as it is used; for that of the expected gradient, put the
-    norms of E[ĝ_K] in as `partial`. A cause further back than the tape leaves no trace on it.
+    tape as on it. Norms of one step scatter, so take the mean over many:
+    `jax.tree.map(lambda v: v.mean(0), stacked)`. The bias is then E‖ĝ_K - ĝ‖ / E‖ĝ‖, with
+    means taken leaf by leaf: the bias of a gradient as it is used. For that of the expected
+    gradient, put the norms of E[ĝ_K] in as `partial`. A cause further back than the tape
+    leaves no trace on it.
 
-    Last lags that are zero in params and carry: nothing is recorded there, and the line goes
-    on. Zero in one of them alone: from further back nothing reaches the parameters. Under a
-    window for each part that is what these let through; to choose them, look with one for all.
+    Where the last lags are zero in params and in carry, nothing is recorded, and the line is
+    assumed to go on. Where they are zero in one of the two alone, nothing from further back
+    reaches the parameters. With a window for each part the fit sees what these windows let
+    through; to choose them, record with one window for all.
 
     Args:
         lags: norms, from `gradient_by_lag`, or the mean of many; leaves (window,).
         burn_in: τ, the first lag that is fitted; None for the middle of those above zero.
-        by: "params" measures e_k on the tape. "carry" bounds it as Aicher, Foti & Fox do, by
-            M ‖λ_{t-k}‖ with β that of ‖λ‖, which is measured up to τ and geometric from there;
-            M is the largest ratio of the two on the tape.
+        by: "params" takes e_k as measured on the tape. "carry" bounds it as Aicher, Foti & Fox
+            do, by M ‖λ_{t-k}‖ with the β of ‖λ‖, which is taken as measured up to τ and as
+            geometric from there; M is the largest ratio of the two on the tape.
 
     Returns:
         `Decay(rate, carry, share, bias)`: also `window_for(share)` and `window_within(delta)`.
-        NaN where less than two norms above zero are left to fit.
+        NaN where fewer than two norms above zero are left to fit.
 
     Raises:
-        ValueError: `lags` are no norms of two lags at least, or `burn_in` leaves less than two.
+        ValueError: `lags` are not norms of at least two lags, `burn_in` leaves fewer than two
+            of them, or `by` is another word.
 
     Cost:
         A few operations on arrays (window,).
@@ -119,7 +125,8 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
         0.50 [0.5   0.75  0.875] 7
     """
     _errors.one_of("by", by, ("params", "carry"))
-    lags = _checked(lags)
+    lags = _checked_norms(lags)
+    # A line needs two lags.
     last = len(jax.tree.leaves(lags.params)[0]) - 2
     if burn_in is not None and (type(burn_in) is not int or not 0 <= burn_in <= last):
         raise ValueError(
@@ -131,24 +138,27 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _fit(lags: ByLag, burn_in: int | None, by: str) -> Decay:
-    nothing = jnp.zeros_like(jax.tree.leaves(lags)[0])
-    params, lams, partial = (functools.reduce(jnp.hypot, jax.tree.leaves(v), nothing) for v in lags)
-    at = jnp.arange(len(params), dtype=jnp.int32)
-    there = jnp.maximum(_extent(params), _extent(lams))
-    # Zero where the other is not: nothing is handed on, or it doesn't get to the parameters.
-    ended = jnp.minimum(_extent(params), _extent(lams)) < there
+    zeros = jnp.zeros_like(jax.tree.leaves(lags)[0])  # the norms of a tree without leaves
+    params, lams, partial = (functools.reduce(jnp.hypot, jax.tree.leaves(v), zeros) for v in lags)
+    lag = jnp.arange(len(params), dtype=jnp.int32)
+    recorded = lag < jnp.maximum(_extent(params), _extent(lams))
+    # Zero in one alone: λ is not handed on, or it doesn't get to the parameters.
+    ends = _extent(params) != _extent(lams)
+    # Past what is recorded the line goes on, on the tape and beyond it.
     line = fit_line(params if by == "params" else lams, burn_in)
     if by == "params":
-        terms, beyond = jnp.where(at < there, params, line.at(at)), line.sum_from(len(params))
+        terms, beyond = jnp.where(recorded, params, line.at(lag)), line.sum_from(len(params))
     else:
-        terms, beyond = _bounded(params, lams, line)
-    terms, beyond = jnp.where(ended & (at >= there), 0, terms), jnp.where(ended, 0, beyond)
-    tails = jnp.cumsum(jnp.concatenate([beyond[None], terms[::-1]]))[::-1]  # T(0) … T(window)
-    missed, endless = tails[1:], jnp.isinf(beyond)
-    least = jnp.where(at < there, partial - missed, -jnp.inf).max()
-    share = jnp.where(endless, 0, 1 - missed / tails[0])
-    bias = jnp.where(endless | (least <= 0), jnp.inf, missed / least)
-    of_carry = jax.tree.map(lambda v: fit_line(v, burn_in).rate, lags.carry)
+        terms, beyond = _bounded_by_carry(params, lams, line)
+    terms, beyond = jnp.where(ends & ~recorded, 0, terms), jnp.where(ends, 0, beyond)
+    # T(0) … T(window), added up from the far end, where the terms are small.
+    tails = jnp.cumsum(jnp.concatenate([beyond[None], terms[::-1]]))[::-1]
+    missed, grows = tails[1:], jnp.isinf(beyond)
+    # A lower bound of the full gradient's norm, by the triangle inequality.
+    full_norm = jnp.where(recorded, partial - missed, -jnp.inf).max()
+    share = jnp.where(grows, 0, 1 - missed / tails[0])
+    bias = jnp.where(grows | (full_norm <= 0), jnp.inf, missed / full_norm)
+    of_carry = jax.tree.map(lambda norms: fit_line(norms, burn_in).rate, lags.carry)
     return Decay(line.rate, of_carry, share, bias)
 
 
@@ -156,9 +166,9 @@ class Line(NamedTuple):
     """A straight line through the logarithms of norms by lag."""
 
     slope: jax.Array
-    lag: jax.Array  # the mean of the lags fitted, and ...
-    log: jax.Array  # ... of the logarithms there
-    first: jax.Array  # τ
+    lag: jax.Array  # the mean of the fitted lags
+    log: jax.Array  # the mean of the logarithms there
+    first: jax.Array  # τ, the first lag that is fitted
 
     @property
     def rate(self) -> jax.Array:
@@ -170,35 +180,46 @@ class Line(NamedTuple):
         return jnp.exp(self.log + self.slope * (jnp.asarray(lag, self.lag.dtype) - self.lag))
 
     def sum_from(self, lag: int) -> jax.Array:
-        """The fitted norms of this lag and of all behind it."""
+        """The sum of the fitted norms from a lag on, inf where they don't decay."""
         return jnp.where(self.slope >= 0, jnp.inf, self.at(lag) / -jnp.expm1(self.slope))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def fit_line(norms: jax.Array, burn_in: int | None) -> Line:
-    """Least squares through the norms above zero from lag `burn_in` on; NaN through less than two.
+    """Fits a line by least squares to the norms above zero from lag `burn_in` on.
 
-    Without `burn_in` from the middle of the lags up to the last that isn't zero.
+    Args:
+        norms: (window,).
+        burn_in: the first lag; None for the middle of the lags up to the last that isn't zero.
+
+    Returns:
+        A `Line`, NaN where there are fewer than two such norms.
     """
-    there = _extent(norms)
-    first = jnp.maximum(jnp.minimum(there // 2, there - 2), 0) if burn_in is None else burn_in
-    at = jnp.arange(len(norms), dtype=jnp.int32)
-    used = (norms > 0) & jnp.isfinite(norms) & (at >= first)
-    at = at.astype(norms.dtype)
+    extent = _extent(norms)
+    first = jnp.maximum(jnp.minimum(extent // 2, extent - 2), 0) if burn_in is None else burn_in
+    lags = jnp.arange(len(norms), dtype=jnp.int32)
+    used = (norms > 0) & jnp.isfinite(norms) & (lags >= first)
+    lags = lags.astype(norms.dtype)
+    # What is left out gets the logarithm 0: in the sums, 0 times that of zero would be NaN.
     logs, n = jnp.log(jnp.where(used, norms, 1)), jnp.sum(used, dtype=norms.dtype)
-    lag, log = (jnp.sum(jnp.where(used, v, 0)) / n for v in (at, logs))
-    apart = jnp.where(used, at - lag, 0)
-    slope = jnp.sum(apart * (logs - log)) / jnp.sum(apart * apart)
+    lag, log = (jnp.sum(jnp.where(used, v, 0)) / n for v in (lags, logs))
+    # Centred sums keep their digits where the lags are large.
+    centred = jnp.where(used, lags - lag, 0)
+    slope = jnp.sum(centred * (logs - log)) / jnp.sum(centred * centred)
     return Line(slope, lag, log, jnp.asarray(first, jnp.int32))
 
 
-def _bounded(params: jax.Array, lams: jax.Array, line: Line) -> tuple[jax.Array, jax.Array]:
-    """What each lag adds at most, going by the λ that enters it, and all past the tape."""
-    at, before = jnp.arange(len(lams), dtype=jnp.int32), lams[:-1]
-    most = jnp.where(before > 0, params[1:] / jnp.where(before > 0, before, 1), 0).max()
+def _bounded_by_carry(
+    params: jax.Array, lams: jax.Array, line: Line
+) -> tuple[jax.Array, jax.Array]:
+    """Bounds each lag's contribution by the λ that enters it, and the sum of all past the tape."""
+    lags, entering = jnp.arange(len(lams), dtype=jnp.int32), lams[:-1]
+    ratio = jnp.where(entering > 0, params[1:] / jnp.where(entering > 0, entering, 1), 0).max()
+    # From τ on the bound decays from what was measured there, with the fitted rate.
     line = line._replace(lag=line.first.astype(lams.dtype), log=jnp.log(lams[line.first]))
-    bounds = most * jnp.where(at <= line.first, lams, line.at(at))
-    return jnp.concatenate([params[:1], bounds[:-1]]), most * line.sum_from(len(lams) - 1)
+    bounds = ratio * jnp.where(lags <= line.first, lams, line.at(lags))
+    # λ of lag k enters the step at lag k+1. At lag 0 the given cotangents enter: no bound there.
+    return jnp.concatenate([params[:1], bounds[:-1]]), ratio * line.sum_from(len(lams) - 1)
 
 
 def _extent(norms: jax.Array) -> jax.Array:
@@ -206,25 +227,35 @@ def _extent(norms: jax.Array) -> jax.Array:
     return jnp.where(norms != 0, jnp.arange(1, len(norms) + 1, dtype=jnp.int32), 0).max()
 
 
-def _smallest(enough: jax.Array, ratio: jax.Array, rate: jax.Array) -> jax.Array:
-    """The first window that is enough, or one so long that what it misses falls to `ratio`."""
+def _smallest_window(enough: jax.Array, ratio: jax.Array, rate: jax.Array) -> jax.Array:
+    """The smallest window that is enough.
+
+    Args:
+        enough: bool (..., window): whether a window of k+1 is.
+        ratio: the factor by which what the tape misses has to fall, if no window on it is enough.
+        rate: β.
+    """
     window = enough.shape[-1]
+    # Past the tape what is missed falls by β with each step.
     longer = window + jnp.ceil(jnp.log(ratio) / jnp.log(rate))
-    known = (rate < 1) & (longer < _NONE / 2)  # neither holds for NaN
+    known = (rate < 1) & (longer < _NO_WINDOW / 2)  # neither holds for NaN
     longer = jnp.where(known, jnp.maximum(longer, window + 1), 0).astype(jnp.int32)
+    # Of equal values argmax takes the first.
     first = jnp.argmax(enough, axis=-1).astype(jnp.int32) + 1
-    return jnp.where(enough.any(axis=-1), first, jnp.where(known, longer, _NONE))
+    return jnp.where(enough.any(axis=-1), first, jnp.where(known, longer, _NO_WINDOW))
 
 
-def _bound(name: str, value: Any, most: float, like: jax.Array) -> jax.Array:
+def _checked_bound(name: str, value: Any, most: float, like: jax.Array) -> jax.Array:
+    """The number as an array of `like`'s dtype."""
+    # A traced number has no value that could be looked at.
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= most:
         wanted = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
         raise ValueError(f"{name} must be {wanted}, but got {value!r}.")
     return jnp.asarray(value, like.dtype)
 
 
-def _checked(lags: Any) -> ByLag:
-    """The norms, all in the widest of their types."""
+def _checked_norms(lags: Any) -> ByLag:
+    """The norms, all in the widest of their dtypes."""
     if not isinstance(lags, ByLag):
         raise ValueError(
             f"lags must be what gradient_by_lag returned, but got a {type(lags).__name__}. "
@@ -246,5 +277,6 @@ def _checked(lags: Any) -> ByLag:
             "lags.params must have a leaf, for what a window cuts short is the gradient of the "
             f"parameters, but got {lags.params!r}. Pass what the step learns as params."
         )
+    # One dtype for all, as norms of parameters and of the carry are compared.
     dtype = max((kind.dtype for kind in kinds.values()), key=lambda d: jnp.finfo(d).bits)
     return jax.tree.map(lambda v: v.astype(dtype), lags)
