@@ -24,6 +24,7 @@ from jaxbptt._arrays import struct_like
 from jaxbptt._closure.pullbacks import Inputs, Linearization, Mask, Pullback
 from jaxbptt._closure.residuals import Residuals
 from jaxbptt._closure.step import trace_step
+from jaxbptt._jaxprs.dependence import with_carry
 from jaxbptt._jaxprs.evaluate import (
     Program,
     has_references,
@@ -61,6 +62,14 @@ class Layout:
     remade_bytes: int
     linearization: Linearization
     with_calls: core.Jaxpr
+
+
+class Sources(NamedTuple):
+    """What gradients flow to beside the parameters: leaves that are chosen when a tape is made."""
+
+    closed_over: Mask
+    carry: Mask
+    x: Mask
 
 
 class Outcome(NamedTuple):
@@ -124,6 +133,12 @@ class Closure:
         )
 
     @property
+    def sources(self) -> Sources:
+        """What gradients flow to beside the parameters."""
+        followed = self.layout.followed
+        return Sources(followed.closed_over, followed.carry, followed.x)
+
+    @property
     def slot(self) -> tuple[LeafType, ...]:
         """What one step leaves on the ring."""
         outs = self.forward.jaxpr.outvars
@@ -167,6 +182,7 @@ def trace(
     stored: bool,
     has_aux: bool,
     windows: Windows,
+    sources: Sources | None = None,
 ) -> Closure:
     """Traces one step from canonical arguments.
 
@@ -178,6 +194,7 @@ def trace(
         stored: whether values that depend on parameters alone go on the ring too.
         has_aux: whether y is a pair of what is differentiated and what is not.
         windows: how many steps λ of each part of the carry is followed.
+        sources: what gradients flow to beside the parameters; None for all that they can flow to.
 
     Raises:
         TypeError: the step doesn't return a pair, or not a carry of the type it was given.
@@ -185,20 +202,79 @@ def trace(
     flow, outputs = trace_step(step, params, carry, x, has_aux)
     inputs = Inputs(*map(jax.tree.leaves, (flow.consts, params, carry, x)))
     n = len(flow.consts)
+    # What the step closes over as inputs like the others.
+    jaxpr = flow.jaxpr.replace(constvars=[], invars=[*flow.jaxpr.constvars, *flow.jaxpr.invars])
 
     def run(leaves: list) -> list:
         return core.jaxpr_as_fun(core.ClosedJaxpr(flow.jaxpr, leaves[:n]))(*leaves[n:])
 
-    return close(
-        run,
-        inputs,
-        outputs,
-        Inputs(*map(differentiable, inputs)),
-        differentiable(jax.tree.leaves(outputs.tree()[1])),
-        windows=windows.by_leaf(type_of(carry)) or [windows.longest],
-        stored=stored,
-        references=has_references(flow.jaxpr, deep=True),
-    )
+    def closure_of(sources: Sources) -> Closure:
+        return close(
+            run,
+            inputs,
+            outputs,
+            _followed(jaxpr, inputs, sources),
+            differentiable(jax.tree.leaves(outputs.tree()[1])),
+            windows=windows.by_leaf(type_of(carry)) or [windows.longest],
+            stored=stored,
+            references=has_references(jaxpr, deep=True),
+        )
+
+    if sources is None or len(sources.closed_over) != n:
+        return _widest(closure_of, inputs)
+    return closure_of(sources)
+
+
+def _followed(jaxpr: core.Jaxpr, inputs: Inputs, sources: Sources) -> Inputs:
+    """Of each group of inputs the leaves that gradients flow through.
+
+    Of the carry these are the sources, and what a path from any source reaches.
+    """
+    of_params = differentiable(inputs.params)
+    groups = sources.closed_over, of_params, sources.carry, sources.x
+    first = len(sources.closed_over) + len(of_params)
+    carry = slice(first, first + len(inputs.carry))
+    flags = with_carry(jaxpr, [flag for group in groups for flag in group], carry)
+    return Inputs(sources.closed_over, of_params, tuple(flags[carry]), sources.x)
+
+
+def _widest(closure_of: Callable[[Sources], Closure], inputs: Inputs) -> Closure:
+    """The closure that follows all leaves that it can.
+
+    Of a number that a loop runs on until it is done, or that a callback is given, JAX
+    has no derivative. Beside the path from the parameters that does no harm.
+    """
+    groups = inputs.closed_over, inputs.carry, inputs.x
+    every = [flag for group in groups for flag in differentiable(group)]
+    candidates = [i for i, flag in enumerate(every) if flag]
+
+    def attempt(chosen: set[int]) -> Closure:
+        flags = iter([i in chosen for i in range(len(every))])
+        closure = closure_of(
+            Sources(*(tuple(itertools.islice(flags, len(group))) for group in groups))
+        )
+        closure.pullback()  # some derivatives are missed only when they are transposed
+        return closure
+
+    try:
+        return attempt(set(candidates))
+    except Exception as error:
+        missed = error
+    kept: set[int] = set()
+    try:
+        attempt(kept)
+    except Exception:
+        raise missed from None  # it is on the path from the parameters
+    untried = [candidates]
+    while untried:
+        some = untried.pop()
+        try:
+            attempt(kept | set(some))
+            kept |= set(some)
+        except Exception:
+            half = len(some) // 2
+            untried += [some[half:], some[:half]] if half else []
+    return attempt(kept)
 
 
 def close(

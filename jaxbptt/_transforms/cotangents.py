@@ -39,7 +39,8 @@ def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list
     ct_ys = as_strong_arrays(ct_ys, "ct_ys")
     rows = _errors.rows_of(type_of(ct_ys), window)
     y = type_of(closure.layout.outputs.tree()[1])
-    return rows, _checked(y, ct_ys, "ct_ys", "of y, with an axis over steps in front", (rows,))
+    lead = "of y, with an axis over steps in front"
+    return rows, _checked(closure.layout.followed_y, y, ct_ys, "ct_ys", lead, (rows,))
 
 
 def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
@@ -47,7 +48,8 @@ def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
     if ct_carry is None:
         return [zeros(kind) for kind in closure.kinds.carry]
     ct_carry = as_strong_arrays(ct_carry, "ct_carry")
-    return _checked(type_of(carry), ct_carry, "ct_carry", "of the carry")
+    followed = closure.layout.followed.carry
+    return _checked(followed, type_of(carry), ct_carry, "ct_carry", "of the carry")
 
 
 def with_float0(mask: Mask, cts: list, primal: PyTree, rows: tuple[int, ...] = ()) -> PyTree:
@@ -57,7 +59,10 @@ def with_float0(mask: Mask, cts: list, primal: PyTree, rows: tuple[int, ...] = (
     return jax.tree.unflatten(treedef, combine(mask, cts, empty))
 
 
-def _checked(primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[int] = ()) -> list:
+def _checked(
+    followed: Mask, primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[int] = ()
+) -> list:
+    """The leaves that are followed."""
     expected = tuple(
         LeafType((*rows, *leaf.shape), leaf.dtype if leaf.differentiable else _FLOAT0)
         for leaf in primal.leaves
@@ -72,9 +77,7 @@ def _checked(primal: TreeType, ct: PyTree, name: str, of: str, rows: Sequence[in
         type_of(ct),
         remedy,
     )
-    return [
-        v for v, leaf in zip(jax.tree.leaves(ct), primal.leaves, strict=True) if leaf.differentiable
-    ]
+    return pick(followed, jax.tree.leaves(ct))
 
 
 # ------------------------------------------------------------ what a `custom_vjp` rule is given

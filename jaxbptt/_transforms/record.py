@@ -1,6 +1,7 @@
 """`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, zeros
-from jaxbptt._closure.closure import Closure, pick, trace
+from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._transforms.cotangents import (
@@ -249,8 +250,10 @@ def record(
 # ------------------------------------------------------------ a recorder's step and tape
 
 
-def trace_recorder(recorder: Recorder, params: PyTree, carry: PyTree, x: PyTree) -> Closure:
-    """The closure of a recorder's step."""
+def trace_recorder(
+    recorder: Recorder, params: PyTree, carry: PyTree, x: PyTree, sources: Sources | None = None
+) -> Closure:
+    """The closure of a recorder's step, which follows these sources, or all that it can."""
     return trace(
         recorder.step,
         params,
@@ -259,6 +262,7 @@ def trace_recorder(recorder: Recorder, params: PyTree, carry: PyTree, x: PyTree)
         stored=recorder.weights == "stored",
         has_aux=recorder.has_aux,
         windows=recorder.windows,
+        sources=sources,
     )
 
 
@@ -283,7 +287,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     for name, kind in (("params", made.params), ("tape.carry", made.carry), ("x", made.x)):
         lead = f"{name} must be of the type that the tape was made for"
         _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
-    closure = trace_recorder(recorder, params, tape.carry, x)
+    closure = trace_recorder(recorder, params, tape.carry, x, made.sources)
     slot, came = slot_types(recorder, closure, tape.carry, x), layout(tape)
     if slot == came and made.step == program_hash(closure):
         return closure, tape
@@ -304,6 +308,7 @@ def _blank_tape(
         recorder.weights,
         *(type_of(params), type_of(carry), type_of(x)),
         program_hash(closure),
+        closure.sources,
     )
     return blank(carry, slot_types(recorder, closure, carry, x), settings)
 
@@ -348,6 +353,7 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
         if every > 1 and not (len(y.leaves) == 1 and _is_scalar(y.leaves[0])):
             raise _errors.loss_not_scalar(y, every)
         asked = tuple(v.perturbed for v in args[0])
+        _refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
         closed_over, params, x, rest = primal_values(args)
         outs = run(closed_over, params, x, rest)
         bound = dataclasses.replace(rest[1], closed_over=closed_over)
@@ -370,6 +376,24 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
     return recorded_step(closure.closed_over, *leaves, (tape, apart))
+
+
+def _refuse_what_is_not_followed(
+    sources: Sources, closed_over: Sequence[bool], x: Sequence[bool]
+) -> None:
+    """Refuses to differentiate by what the step has no derivative by."""
+    for name, followed, perturbed in (
+        ("an array that the step closes over", sources.closed_over, closed_over),
+        ("a leaf of x", sources.x, x),
+    ):
+        missed = [p and not f for p, f in zip(perturbed, followed, strict=True)]
+        if any(missed):
+            raise ValueError(
+                "step must have a derivative with respect to what it is differentiated by, but has "
+                f"none with respect to {name} (number {missed.index(True)}): a loop whose number "
+                "of trips is not fixed, a callback or a rule of its own is on the way. Take that "
+                "out of the way, or pass jax.lax.stop_gradient of the array."
+            )
 
 
 @jax.tree_util.register_dataclass

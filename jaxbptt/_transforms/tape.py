@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, structs_of, zeros
+from jaxbptt._closure.closure import Sources
 from jaxbptt._types import LeafType, PyTree, TreeType, leaf_type, type_of
 from jaxbptt._windows import Windows
 
@@ -31,6 +32,7 @@ class Settings:
     carry: TreeType
     x: TreeType
     step: str  # a hash of what the step computes
+    sources: Sources  # what gradients flow to beside params
 
 
 @dataclasses.dataclass(frozen=True)

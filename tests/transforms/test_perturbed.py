@@ -55,8 +55,9 @@ def step_of(name, w):
     return step
 
 
-def truncated(name, window, every):
-    """dΣy/dw by the recurrence of λ, group by group, from derivatives of one step by h and by w."""
+@functools.cache
+def derivatives(name):
+    """Of each step, those of its h by w and by the h before."""
     states = [(jnp.float64(0.1), jnp.float64(1.0))]
     for x in XS:
         states.append(step_of(name, W)(states[-1], x)[0])
@@ -64,9 +65,12 @@ def truncated(name, window, every):
     def new_h(w, h, i):
         return STEPS[name](w, h, states[i][1], XS[i])[0]
 
-    by_w, by_h = (
-        [float(jax.grad(new_h, n)(W, states[i][0], i)) for i in range(LENGTH)] for n in (0, 1)
-    )
+    return [[float(jax.grad(new_h, n)(W, states[i][0], i)) for i in range(LENGTH)] for n in (0, 1)]
+
+
+def truncated(name, window, every):
+    """dΣy/dw by the recurrence of λ, group by group."""
+    by_w, by_h = derivatives(name)
     total = 0.0
     for first in range(0, LENGTH, every):
         end = min(first + every, LENGTH)
@@ -135,3 +139,81 @@ def test_a_loss_that_does_not_depend_on_the_run_costs_nothing():
 
     assert jax.grad(loss)(W) == 0.0
     assert primitives(jax.make_jaxpr(jax.grad(loss))(W).jaxpr)["scan"] == 1
+
+
+# ------------------------------------------------------------------ record
+
+
+def recorded(name):
+    def step(w, carry, x):
+        return step_of(name, w)(carry, x)
+
+    return step
+
+
+def at_step(name, end, window):
+    """dy/dw of one step, through the last `window` steps."""
+    by_w, by_h = derivatives(name)
+    total, lam = 0.0, 1.0
+    for i in range(end, max(end - window, -1), -1):
+        total += lam * by_w[i]
+        lam *= by_h[i]
+    return total
+
+
+@pytest.mark.parametrize("weights", grid(["stored", "current", "replayed"], ["stored"]))
+@pytest.mark.parametrize("name", STEPS)
+def test_record_follows_what_a_path_reaches(name, weights):
+    rec = jaxbptt.record(recorded(name), window=3, weights=weights)
+    tape = rec.init(W, (0.1, 1.0), XS[0])
+
+    @jax.jit
+    def run(tape):
+        def one(tape, x):
+            grad, tape = jax.grad(lambda w: rec(w, tape, x)[::-1], has_aux=True)(W)
+            return tape, (grad, rec.pullback(W, tape, jnp.ones(1)).params)
+
+        return lax.scan(one, tape, XS)[1]
+
+    expected = [at_step(name, end, 3) for end in range(LENGTH)]
+    for gradients in run(tape):
+        np.testing.assert_allclose(gradients, expected, rtol=1e-12)
+
+
+def test_what_has_no_derivative_gets_none_and_the_rest_does():
+    rec = jaxbptt.record(recorded("a solver in the carry"), window=3)
+    tape = rec.init(W, (0.1, 1.0), XS[0])
+    for x in XS:
+        tape, _ = rec(W, tape, x)
+    ct = rec.pullback(W, tape, jnp.ones(1))
+    assert ct.carry[0] != 0
+    assert ct.carry[1].dtype == ct.xs.dtype == jax.dtypes.float0
+
+    def step(w, carry, x):
+        h, s = recorded("a solver of x")(w, carry, x["number of trips"])[0]
+        return (h + x["drive"], s), h
+
+    x = {"number of trips": XS[0], "drive": XS[1]}
+    rec = jaxbptt.record(step, window=3)
+    tape, _ = rec(W, rec.init(W, (0.1, 1.0), x), x)
+    ct = rec.pullback(W, tape, jnp.zeros(1), (jnp.ones(()), jnp.ones(())))
+    assert ct.xs["drive"].tolist() == [0.0, 0.0, 1.0]
+    assert ct.xs["number of trips"].dtype == jax.dtypes.float0
+
+
+def test_a_derivative_that_is_not_there_is_refused_where_it_is_asked_for():
+    rec = jaxbptt.record(recorded("a solver of x"), window=3)
+    tape = rec.init(W, (0.1, 1.0), XS[0])
+    with pytest.raises(ValueError, match=r"none with respect to a leaf of x \(number 0\): a loop"):
+        jax.grad(lambda x: rec(W, tape, x)[1])(XS[0])
+    with pytest.raises(ValueError, match="while_loop"):
+        jaxbptt.record(lambda w, c, x: (settle(w * c), c), window=3).init(W, 0.1, XS[0])
+
+
+def test_a_number_that_moves_by_itself_still_has_its_cotangent():
+    rec = jaxbptt.record(lambda w, c, x: ((c[0] * w, 0.5 * c[1]), c[0] * c[1]), window=3)
+    tape = rec.init(W, (1.0, 1.0), None)
+    for _ in range(3):
+        tape, _ = rec(W, tape, None)
+    ct = rec.pullback(W, tape, jnp.ones(1))
+    np.testing.assert_allclose(ct.carry, [W**2 * 0.25, W**2 * 0.25], rtol=1e-12)
