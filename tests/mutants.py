@@ -359,12 +359,12 @@ FAULTS = [Fault(*row) for row in [
 
     # ----------------------------------------------------------------- checkpoints
     ("recorded steps are not read back", "_checkpoints/checkpoints", "resume",
-     "if not (past and clear):", "if not past:"),
+     "if not (on_tape and clear):", "if not on_tape:"),
     ("the oldest checkpoint is taken for the latest", "_checkpoints/checkpoints", "resume",
      "return there[-1] if step is None else step", "return there[0] if step is None else step"),
     ("a step may be saved twice", "_checkpoints/checkpoints", "resume",
      "least = 0 if last is None else last + 1", "least = 0 if last is None else last"),
-    ("pending cotangents are no part of the past", "_checkpoints/leaves", "resume",
+    ("pending cotangents are no part of the recorded steps", "_checkpoints/leaves", "resume",
      "return isinstance(node, Pending) or (", "return ("),
     ("keys come back as those of another kind", "_checkpoints/leaves", "resume",
      "jnp.asarray(read), impl=_key_impl(self.value))", "jnp.asarray(read))"),
