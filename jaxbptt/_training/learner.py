@@ -23,7 +23,7 @@ from jaxbptt._training.optimizer import (
     trainable,
 )
 from jaxbptt._training.state import LearnerState, Metrics, Pending, check_state, pending_rows
-from jaxbptt._training.stream import run_stream
+from jaxbptt._training.stream import RunBlock, run_stream
 from jaxbptt._transforms.cotangents import with_float0
 from jaxbptt._transforms.record import Recorder, record, record_step
 from jaxbptt._transforms.tape import Tape, is_due, keep_or_roll_back
@@ -60,6 +60,7 @@ class Learner:
         tape = self.recorder.init(params, carry, x)
         params = jax.tree.map(jnp.copy, as_strong_arrays(params, "params"))
         x = as_strong_arrays(x, "x", structs=True)
+        # Traced for the types of y and of the loss, and to check them before the first update.
         out = jax.eval_shape(self._step_unrecorded, params, tape.carry, x)
         pending = None
         if self.recorder.every > 1:
@@ -94,17 +95,20 @@ class Learner:
         """
         check_state(state)
         x = as_strong_arrays(x, "x")
+        # Forward: the step, its loss, and the cotangent ȳ that the loss gives of y.
         tape, y = record_step(self.recorder, state.params, state.tape, x)
         loss, aux, ct_y = loss_and_ct_y(self.loss, y, x)
-        # None stands for "nobody asks": without "clear" no test for NaNs is compiled.
+        # Under "pass" nobody asks, and no test for NaNs is compiled.
         finite = _all_finite((loss, tape.carry)) if self.on_nonfinite == "clear" else None
 
-        # At every=1 each step is a group of its own, and nothing has to wait.
+        # The group's cotangents gather until it ends. At every=1 each step is a group of its
+        # own, and nothing has to wait.
         pending, ct_ys, total = None, [ct[None] for ct in ct_y], loss
         if state.pending is not None:
             pending = state.pending.with_step(tape, ct_y, loss)
             ct_ys, total = pending
 
+        # Backward and the optimiser's step are in a branch: within a group they cost nothing.
         def update_now() -> _Updated:
             grads = self._gradient(state.params, tape, y, ct_ys)
             return self._apply_gradient(grads, state, total, finite)
@@ -113,6 +117,7 @@ class Learner:
             return _Updated(state.params, state.opt_state, jnp.zeros((), bool), finite)
 
         new = update_now() if pending is None else lax.cond(is_due(tape), update_now, skip)
+        # The loss and the metrics stay as they are: they tell of the step that was rolled back.
         if new.finite is not None:
             tape = keep_or_roll_back(new.finite, tape, state.tape)
         new_state = LearnerState(new.params, new.opt_state, tape, state.step + 1, pending)
@@ -139,6 +144,8 @@ class Learner:
         check_state(state)
         tape = state.tape
         if carry is not None:
+            # The first checks the type. The copy lets the state be donated, and the caller's
+            # carry survive.
             tape = tape.replace(carry=carry)
             tape = tape.replace(carry=jax.tree.map(jnp.copy, tape.carry))
         pending = state.pending and state.pending.cleared()
@@ -213,7 +220,7 @@ class Learner:
             Beside the updates, one state in memory and at most two blocks of inputs.
         """
         check_state(state)
-        return run_stream(self._compiled.run_block, state, xs, block, callback, progress)
+        return run_stream(self._compiled.for_block, state, xs, block, callback, progress)
 
     @functools.cached_property
     def _compiled(self) -> "_Compiled":
@@ -307,17 +314,21 @@ class _Compiled:
     def __init__(self, learner: Learner):
         self.learner = learner
         update = learner.update
-        self._run = jax.jit(
+        self._loop = jax.jit(
             lambda steps, state, xs: lax_scan(update, state, xs, length=steps),
             static_argnums=0,
             donate_argnums=1,
         )
+        self._lengths: set[int] = set()  # that it has been compiled for
 
-    def run_block(
-        self, steps: int, state: LearnerState, xs: PyTree
-    ) -> tuple[LearnerState, Metrics]:
-        """Runs `steps` updates in one call; the state is donated."""
-        return self._run(steps, state, xs)
+    def for_block(self, steps: int, state: LearnerState, xs: PyTree) -> RunBlock:
+        """Compiles the loop over so many steps, and returns a function that runs it."""
+        jit_disabled = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if steps not in self._lengths and not jit_disabled:
+            # jit keeps what is compiled here, and the call finds it.
+            self._loop.lower(steps, state, xs).compile()
+            self._lengths.add(steps)
+        return functools.partial(self._loop, steps)
 
 
 _COMPILED: weakref.WeakValueDictionary[int, _Compiled] = weakref.WeakValueDictionary()

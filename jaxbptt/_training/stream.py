@@ -19,12 +19,14 @@ from jaxbptt._transforms.tape import settings_of
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
 Callback = Callable[[LearnerState, Metrics], Any]
-# (steps, state, stacked inputs) -> (state, metrics); the state that it is given is donated.
-RunBlock = Callable[[int, LearnerState, PyTree], tuple[LearnerState, Metrics]]
+# (state, stacked inputs) -> (state, metrics), for a number of steps that was compiled for; the
+# state that it is given is donated.
+RunBlock = Callable[[LearnerState, PyTree], tuple[LearnerState, Metrics]]
+CompileBlock = Callable[[int, LearnerState, PyTree], RunBlock]
 
 
 def run_stream(
-    run_block: RunBlock,
+    compile_block: CompileBlock,
     state: LearnerState,
     xs: Iterable[PyTree],
     block: int,
@@ -38,8 +40,10 @@ def run_stream(
         with _progress_bar(xs, progress) as show:
             inputs = blocks.read()
             while inputs.steps:
+                # This may take long, but donates nothing yet: Ctrl-C ends it at once.
+                run_block = compile_block(inputs.steps, state, inputs.stacked)
                 with _interrupts_held_back():
-                    state, metrics = run_block(inputs.steps, state, inputs.stacked)
+                    state, metrics = run_block(state, inputs.stacked)
                 # The call above has only been dispatched: the next block is read meanwhile.
                 inputs = blocks.read()
                 jax.block_until_ready(metrics)
@@ -86,6 +90,8 @@ class _BlockReader:
         """Reads up to `size` inputs; fewer where the stream ends, by itself or by a fault."""
         rows: list[list] = []
         while self._xs is not None and len(rows) < self._size:
+            # The inputs before a fault are good, and those who sent them expect them trained on:
+            # the fault waits in `fault` until they are. (KeyboardInterrupt is no Exception.)
             try:
                 rows.append(self._leaves_of(next(self._xs)))
                 self._done += 1
@@ -104,6 +110,7 @@ class _BlockReader:
         types = tuple(map(_type_on_device, arrays))
         if treedef == self._x_type.treedef and types == self._x_type.leaves:
             return arrays
+        # Slower, with a message. It may still pass: JAX makes arrays of more than NumPy types.
         when = f"after {self._done} steps, x"
         _errors.same_type(
             f"{when} must be of the type that the tape was made for",
