@@ -68,6 +68,7 @@ class Checkpoints:
         Cost:
             The time to copy the state to the host; at the first save also one trace of the step.
         """
+        # One save at a time: what went wrong in the last one is raised here.
         self.wait()
         flat = FlatState.of(state, "state")
         manifest = self._recorders.manifest(flat, "state") | {"data": _as_json(data)}
@@ -110,6 +111,7 @@ class Checkpoints:
         flat = FlatState.of(like, "like")
         ours = self._recorders.manifest(flat, "like")
         step = self._existing(step)
+        # Everything that can be refused by the manifest alone is refused before arrays are read.
         where = f"checkpoint {step} in {self._disk.directory}"
         theirs = self._disk.read_manifest(step)
         check_seal(theirs, where)
@@ -124,6 +126,7 @@ class Checkpoints:
                 read |= self._disk.read(step, item, wanted)
         check_sums(theirs, read, where)
 
+        # What was not saved, or is cleared, begins as zeros.
         arrays = [read.get(name.get(leaf.path, "")) for leaf in flat.leaves]
         restored = [
             leaf.restored(leaf.blank() if array is None else array)
@@ -152,6 +155,7 @@ class Checkpoints:
                 f"step must be an int, but got {_errors.describe(step)}. Of a LearnerState it is "
                 "int(state.step)."
             ) from None
+        # Orbax would leave out a save that is not above the last, without a word.
         last = self._disk.last()
         least = 0 if last is None else last + 1
         if step < least:
@@ -227,6 +231,7 @@ def checkpoints(directory: Any, recorder: Any, *, keep: int | None = 3) -> Check
 
 def _as_json(data: Any) -> Any:
     """Returns the data as JSON will give it back."""
+    # It is written much later, in the background, where an error would come too late.
     try:
         return json.loads(json.dumps(data))
     except (TypeError, ValueError) as cause:

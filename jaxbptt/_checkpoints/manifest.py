@@ -106,6 +106,7 @@ class TapeRecorders:
         for name in ("windows", "every", "weights"):
             if getattr(settings, name) != getattr(rec, name):
                 raise _errors.other_setting(name, getattr(rec, name), getattr(settings, name))
+        # Tracing is slow next to a save, and a run saves the same tape again and again.
         if (i, settings) not in self.described:
             self.described[i, settings] = _describe(rec, settings)
         slot, entry = self.described[i, settings]
@@ -232,6 +233,7 @@ def _describe(rec: Recorder, settings: Settings) -> TapeEntry:
 
 def _off_mesh(kind: TreeType) -> TreeType:
     """Returns a type as it is outside `shard_map` and off any mesh."""
+    # A checkpoint may be restored on another mesh: its fingerprint must not depend on it.
     leaves = [dataclasses.replace(v, varying=frozenset(), sharding=None) for v in kind.leaves]
     return dataclasses.replace(kind, leaves=tuple(leaves))
 

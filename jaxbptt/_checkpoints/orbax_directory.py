@@ -85,6 +85,7 @@ class OrbaxDirectory:
         """
         if self._writer is None:
             return
+        # Errors of the background thread come out here.
         try:
             self._writer.wait_until_finished()
         except Exception as cause:
@@ -117,6 +118,7 @@ class OrbaxDirectory:
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[Any]:
+        # A new one each time: a manager lists the directory once, and another process may write.
         orbax = load_orbax()
         options = orbax.CheckpointManagerOptions(create=False)
         with orbax.CheckpointManager(self.directory, options=options) as reader:
@@ -124,6 +126,7 @@ class OrbaxDirectory:
 
     def _read(self, step: int, item: str, request: Any) -> Any:
         args = load_orbax().args.Composite(**{item: request})
+        # Orbax raises errors of many kinds for a file that is missing or damaged.
         try:
             with self._reader() as reader:
                 return reader.restore(step, args=args)[item]

@@ -93,6 +93,7 @@ def from_linen(
             "variables must be what module.init returned, with 'params' among its collections, "
             f"but got {', '.join(map(repr, variables))}. Pass {{'params': params, ...}}."
         )
+    # A key that can't be split would be found in the step, with an error of JAX's.
     try:
         jax.eval_shape(_next_keys, rngs)
     except (TypeError, ValueError) as error:
@@ -166,6 +167,7 @@ def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> ModuleStep:
         >>> tape = jaxbptt.record(step, window=20).init(params, (h, state), x)
     """
     nnx = _check_module(module, "nnx", kwargs)
+    # In this order: a variable goes to the first filter that takes it.
     filters = (nnx.Param if wrt is None else wrt, nnx.Param, ...)
     # A module changes its variables in place when it is called. So the user's own is cloned
     # here, and the step merges copies into the module that it calls.
@@ -195,6 +197,7 @@ def _as_pair(out: Any, module: Any) -> Any:
 
 def _check_module(module: Any, library: str, kwargs: dict[str, Any]) -> Any:
     """Imports flax's `library`, and checks that `module` is one of it and takes a carry and x."""
+    # Imported here and not above: flax is optional.
     try:
         flax = importlib.import_module(f"flax.{library}")
     except ImportError as error:

@@ -34,6 +34,7 @@ def evaluate_loss(loss: Callable, y: PyTree, x: PyTree) -> tuple[jax.Array, PyTr
     returned, aux = loss(y, x), None
     if isinstance(returned, tuple | list) and len(returned) == 2:
         returned, aux = returned
+    # A container or None is refused with the message below, which shows what came.
     is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(returned))
     try:
         value = as_strong_arrays(returned, "loss", blame="step") if is_leaf else None

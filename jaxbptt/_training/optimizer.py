@@ -45,6 +45,7 @@ def trainable(tree: PyTree) -> PyTree:
 
 def init_opt_state(optimizer: Optimizer, params: PyTree) -> OptState:
     """Returns the optimiser's first state, copied: some optimisers keep params in it."""
+    # Strict promotion, if the user has set it, is for the step; optax is not written for it.
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(trainable(params))
     return jax.tree.map(jnp.copy, as_strong_arrays(state, "opt_state", blame="step"))
@@ -95,6 +96,7 @@ def apply_updates(params: PyTree, changes: PyTree) -> PyTree:
     """Adds changes to params, whose dtypes stay; a change of None leaves a leaf as it is."""
 
     def add(leaf: jax.Array, change: jax.Array | None) -> jax.Array:
+        # As optax does: the sum may be wider than a half-precision parameter.
         return leaf if change is None else (leaf + change).astype(leaf.dtype)
 
     return jax.tree.map(add, params, changes)
@@ -112,6 +114,7 @@ def _takes_value(update: Any) -> bool:
 def _check_changes(grads: PyTree, changes: PyTree) -> None:
     """Refuses changes of another structure or shape than the gradient's; dtypes may differ."""
     expected, got = type_of(grads), type_of(changes)
+    # The comparison is of dtypes too, so the changes are given those of the gradient.
     if len(expected.leaves) == len(got.leaves):
         pairs = zip(expected.leaves, got.leaves, strict=True)
         leaves = tuple(dataclasses.replace(g, dtype=e.dtype) for e, g in pairs)

@@ -41,6 +41,7 @@ class Pending(NamedTuple):
     @classmethod
     def empty(cls, tape: Tape, ct_y: list[LeafType], loss: LeafType) -> "Pending":
         """Makes room for the cotangents of a group; `ct_y` and `loss` are the types of a step."""
+        # Rows that the window doesn't reach would never be read.
         rows = pending_rows(tape)
         stacks = [leaf.stacked(rows) for leaf in ct_y]
         return cls([zeros(stack) for stack in stacks], zeros(loss))

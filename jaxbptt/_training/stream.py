@@ -36,6 +36,8 @@ def run_stream(
     """Runs a whole stream, block by block; see `Learner.run`."""
     _errors.positive_int("block", block)
     blocks = _BlockReader(xs, block, settings_of(state.tape).x, int(state.step))
+    # Whatever raises from here on, `state` is the newest state, and it is not donated; unless
+    # it was a block's call itself that raised.
     try:
         with _progress_bar(xs, progress) as show:
             inputs = blocks.read()
@@ -44,7 +46,8 @@ def run_stream(
                 run_block = compile_block(inputs.steps, state, inputs.stacked)
                 with _interrupts_held_back():
                     state, metrics = run_block(state, inputs.stacked)
-                # The call above has only been dispatched: the next block is read meanwhile.
+                # The call above was only dispatched: the next block is read while the device
+                # works. Waiting for the metrics then keeps the host at most one block ahead.
                 inputs = blocks.read()
                 jax.block_until_ready(metrics)
                 show(metrics)
@@ -110,17 +113,18 @@ class _BlockReader:
         types = tuple(map(_type_on_device, arrays))
         if treedef == self._x_type.treedef and types == self._x_type.leaves:
             return arrays
-        # Slower, with a message. It may still pass: JAX makes arrays of more than NumPy types.
+        # It is of another type, or of one that NumPy doesn't know but JAX does.
         when = f"after {self._done} steps, x"
+        strong = as_strong_arrays(x, when)
         _errors.same_type(
             f"{when} must be of the type that the tape was made for",
             "x",
             self._x_type,
-            type_of(as_strong_arrays(x, when)),
+            type_of(strong),
             "xs must give single inputs, one for each time step. Inputs that are stacked "
             "already go through jax.lax.scan(learner.update, state, xs).",
         )
-        return arrays
+        return jax.tree.leaves(strong)
 
 
 def _type_on_device(array: Any) -> LeafType | None:
@@ -134,6 +138,7 @@ def _type_on_device(array: Any) -> LeafType | None:
 
 
 def _stack(leaves: tuple) -> Any:
+    # Inputs on the host are stacked there, and go to the device in one transfer.
     on_device = any(isinstance(leaf, jax.Array) for leaf in leaves)
     return jnp.stack(leaves) if on_device else np.stack(leaves)
 
@@ -173,7 +178,8 @@ def _attach_state(error: BaseException, state: LearnerState) -> None:
     """Attaches the newest state to the exception that ends a run: the caller's was donated."""
     try:
         done = int(state.step)
-    except RuntimeError:  # donated to a block that failed
+    except RuntimeError:
+        # It was donated to the block that raised, and there is no state left.
         return
     error.state = state  # type: ignore[attr-defined]
     error.add_note(f"The LearnerState after {done} steps is in this exception's .state.")

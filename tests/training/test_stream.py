@@ -242,6 +242,18 @@ def test_inputs_of_all_kinds(x):
         np.testing.assert_allclose(seen[at], metrics.loss, rtol=1e-12)
 
 
+def test_inputs_that_jax_alone_makes_arrays_of():
+    class Reading:
+        def __jax_array__(self):
+            return jnp.asarray(0.5)
+
+    learner = jaxbptt.learner(
+        lambda w, c, x: (w * c + x, c), lambda y, x: y**2, OPTIMIZER, window=2
+    )
+    states = [learner.run(learner.init(0.5, 0.2, 0.5), [x] * 3, block=2) for x in (Reading(), 0.5)]
+    oracles.check("__jax_array__", states[0].params, states[1].params, 0.0)
+
+
 # ---------------------------------------------------------------------- faults
 
 
