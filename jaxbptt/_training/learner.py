@@ -32,7 +32,14 @@ from jaxbptt._types import PyTree, StepFn, leaf_type, type_of
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """Online training as pure functions; made by `learner`."""
+    """Online training as pure functions; made by `learner`.
+
+    Attributes:
+        recorder: the `Recorder` of the step, which `checkpoints` and `gradient_by_lag` take.
+        loss: `loss(y, x)`.
+        optimizer: the optimiser.
+        on_nonfinite: "pass" or "clear".
+    """
 
     recorder: Recorder
     loss: Callable[[PyTree, PyTree], Any]
@@ -84,8 +91,8 @@ class Learner:
             The new state, of the same type, and `Metrics`.
 
         Raises:
-            TypeError: the loss doesn't return a scalar, or the optimiser changes of the
-                gradient's structure and a state of the old one's type.
+            TypeError: the loss doesn't return a scalar; or the optimiser doesn't return changes
+                of the gradient's structure and a state of its old type.
             ValueError: `state` is not a `LearnerState` of this learner; or `x`, or something
                 put into the state, has other shapes than in `init`.
 
@@ -162,8 +169,13 @@ class Learner:
             carry: the carry to start from; None for the one on the tape.
 
         Returns:
-            The last carry, and `Metrics` with leaves (steps, ...). As with `lax.scan`, jit the
-            call.
+            The last carry, and `Metrics` with leaves (steps, ...).
+
+        Raises:
+            ValueError: `state` is not a `LearnerState`, or a leaf isn't an array.
+
+        Cost:
+            One step for each input. As with `lax.scan`, jit the call.
         """
         check_state(state)
 
@@ -212,7 +224,7 @@ class Learner:
         Note:
             Whatever ends a run early (an exception from xs or from the callback, a fault in
             an x, Ctrl-C) carries the newest state as `error.state`. All inputs before a fault
-            have then been trained on, and after Ctrl-C all blocks that were begun.
+            have then been trained on, and after Ctrl-C all blocks that were dispatched.
             `int(state.step)` is the position in the data to go on from. Only a block that
             itself raises (out of memory, `jax_debug_nans`) takes the state with it.
 
@@ -254,7 +266,7 @@ class Learner:
         mask = tuple(leaf.differentiable for leaf in type_of(y).leaves)
         rows = with_float0(mask, ct_ys, y, (pending_rows(tape),))
         ct = trainable(self.recorder.pullback(params, tape, rows).params)
-        # Of complex parameters the cotangent is the conjugate of that direction.
+        # Where parameters are complex, a cotangent is the conjugate of that direction.
         return jax.tree.map(lambda v: jnp.conj(v) if jnp.iscomplexobj(v) else v, ct)
 
     def _apply_gradient(
