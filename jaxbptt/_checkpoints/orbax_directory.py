@@ -99,10 +99,17 @@ class OrbaxDirectory:
         """Waits as `wait` does, and ends the threads that write."""
         try:
             self.wait()
-        finally:
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                writer.close()
+        except BaseException:
+            # After a failed write orbax may fail once more, with an error that says less.
+            with contextlib.suppress(Exception):
+                self._close_writer()
+            raise
+        self._close_writer()
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _open_writer(self) -> Any:
         if self._writer is None:
