@@ -5,9 +5,16 @@ import operator
 from typing import Any
 
 from jaxbptt import _errors
-from jaxbptt._checkpoints.leaves import State, checksum
-from jaxbptt._checkpoints.manifest import Steps, check_seal, check_sums, names, refuse, sealed
-from jaxbptt._checkpoints.orbax_directory import Disk, first_line
+from jaxbptt._checkpoints.leaves import FlatState, checksum
+from jaxbptt._checkpoints.manifest import (
+    TapeRecorders,
+    check_compatible,
+    check_seal,
+    check_sums,
+    names,
+    sealed,
+)
+from jaxbptt._checkpoints.orbax_directory import OrbaxDirectory, first_line
 from jaxbptt._types import PyTree
 
 
@@ -17,8 +24,8 @@ class Checkpoints:
     Leaving its `with` block waits for what is being written.
     """
 
-    def __init__(self, disk: Disk, steps: Steps):
-        self._disk, self._of = disk, steps
+    def __init__(self, disk: OrbaxDirectory, recorders: TapeRecorders):
+        self._disk, self._recorders = disk, recorders
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -28,47 +35,51 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that there is a complete checkpoint of, in order."""
+        """The numbers of the complete checkpoints, in ascending order."""
         return self._disk.steps()
 
     @property
     def latest(self) -> int | None:
-        """The last step that there is a complete checkpoint of; None if there is none."""
+        """The number of the newest complete checkpoint; None if there is none."""
         return max(self.steps, default=None)
 
     def save(self, step: int, state: PyTree, data: Any = None) -> None:
         """Saves a state in the background.
 
-        It returns when the state has been copied, so the state may be donated at once. A
-        save that is still being written is waited for.
+        It first waits for a save that is still being written, and returns when the state has
+        been copied: the state may be donated at once.
 
         Args:
-            step: its number, above those of the checkpoints that are there.
+            step: the checkpoint's number, above those that are there; of a `LearnerState`
+                `int(state.step)`.
             state: arrays and numbers in any containers, with tapes among them: a
                 `LearnerState`, or `(params, opt_state, tape)`. Keys of `jax.random` may be
                 anywhere in it.
-            data: what else is to be kept, such as the position in the data: what JSON
-                holds. It comes back as JSON has it, tuples as lists.
+            data: anything else to keep that JSON can hold, such as the position in the data.
+                It comes back as JSON has it, with tuples as lists.
 
         Raises:
-            ValueError: `step` is not above the last one; `state` holds something else than
-                arrays and numbers, is donated or traced, or has a tape that is not the
-                recorder's; or `data` is nothing for JSON.
-            OSError: the directory can't be written. Of what goes wrong in the background the
-                next `save` or `wait` tells, or the end of the `with` block.
+            ValueError: `step` is not above the last number; `state` holds something that is
+                no array or number, is donated or traced, or has a tape of another recorder;
+                or JSON can't hold `data`.
+            OSError: the directory can't be written. What goes wrong in the background is
+                raised by the next `save` or `wait`, or at the end of the `with` block.
 
         Cost:
             The time to copy the state to the host; at the first save also one trace of the step.
         """
+        # One save at a time: what went wrong in the last one is raised here.
         self.wait()
-        parts = State.of(state, "state")
-        manifest = self._of.manifest(parts, "state") | {"data": _json(data)}
+        flat = FlatState.of(state, "state")
+        manifest = self._recorders.manifest(flat, "state") | {"data": _as_json(data)}
+        # Recorded steps are an item of their own, so that `clear` need not read them.
         items: dict[str, dict[str, Any]] = {"state": {}, "past": {}}
-        for leaf, said in zip(parts.leaves, manifest["leaves"], strict=True):
+        for leaf, entry in zip(flat.leaves, manifest["leaves"], strict=True):
             if not leaf.empty:
-                value = items["past" if leaf.past else "state"][said["name"]] = leaf.saved()
-                said["checksum"] = checksum(value)
-        self._disk.write(self._next(step), items, sealed(manifest))
+                array = leaf.saved()
+                items["past" if leaf.on_tape else "state"][entry["name"]] = array
+                entry["checksum"] = checksum(array)
+        self._disk.write(self._next_step(step), items, sealed(manifest))
 
     def restore(
         self, like: PyTree, *, step: int | None = None, clear: bool = False
@@ -77,48 +88,54 @@ class Checkpoints:
 
         Args:
             like: a state of the same structure, shapes and dtypes: one to start from, or
-                `jax.eval_shape` of what makes it. Where its leaves lie on chosen devices, or
-                have a sharding, there the new ones are put.
-            step: which checkpoint; None for the latest.
+                `jax.eval_shape` of what makes it. Leaves that are committed to devices, or
+                structs with a sharding, say where the restored leaves are put.
+            step: the number of the checkpoint; None for the latest.
             clear: whether to leave the recorded steps out: parameters, optimiser, keys and
-                carries come back, and tapes are empty, as after `Recorder.clear`. That works
-                under another JAX, and with another step or other options of the recorder.
+                carries are restored, and tapes are empty, as after `Recorder.clear`. That
+                works under another JAX, and with another step or other options of the recorder.
 
         Returns:
             The state, and the data that was saved with it.
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or none at all.
-            ValueError: the state, or without `clear` a tape, can't go on from there; or the
-                checkpoint can't be read, or holds other bits than were saved.
+            ValueError: the saved state is of another type than `like`, or, without `clear`,
+                a tape is of another step, recorder or JAX; or the checkpoint can't be read,
+                or holds other bits than were saved.
 
         Cost:
             One read of the state, and one trace of the step.
         """
         self.wait()
-        asked = State.of(like, "like")
-        ours = self._of.manifest(asked, "like")
-        step = self._chosen(step)
+        flat = FlatState.of(like, "like")
+        ours = self._recorders.manifest(flat, "like")
+        step = self._existing(step)
+        # Everything that can be refused by the manifest alone is refused before arrays are read.
         where = f"checkpoint {step} in {self._disk.directory}"
         theirs = self._disk.read_manifest(step)
         check_seal(theirs, where)
-        refuse(theirs, ours, where, clear)
+        check_compatible(theirs, ours, where, clear)
+
+        # A name has a leaf's number in it, which may be another in the saved state.
         name, read = names(theirs), dict[str, Any]()
-        for item, past in (("state", False), ("past", True)):
-            leaves = [v for v in asked.leaves if v.past == past and not v.empty]
-            if not (past and clear):
+        for item, on_tape in (("state", False), ("past", True)):
+            leaves = [v for v in flat.leaves if v.on_tape == on_tape and not v.empty]
+            if not (on_tape and clear):
                 wanted = {name[leaf.path]: leaf.wanted() for leaf in leaves}
                 read |= self._disk.read(step, item, wanted)
         check_sums(theirs, read, where)
-        found = [read.get(name.get(leaf.path, "")) for leaf in asked.leaves]
+
+        # What was not saved, or is cleared, begins as zeros.
+        arrays = [read.get(name.get(leaf.path, "")) for leaf in flat.leaves]
         restored = [
-            leaf.restored(leaf.blank() if value is None else value)
-            for leaf, value in zip(asked.leaves, found, strict=True)
+            leaf.restored(leaf.blank() if array is None else array)
+            for leaf, array in zip(flat.leaves, arrays, strict=True)
         ]
-        return asked.treedef.unflatten(restored), theirs["data"]
+        return flat.treedef.unflatten(restored), theirs["data"]
 
     def wait(self) -> None:
-        """Waits until all that was saved is on disk.
+        """Waits until everything saved is on disk.
 
         Raises:
             OSError: it could not be written.
@@ -129,8 +146,8 @@ class Checkpoints:
         """Waits as `wait` does, and ends the threads that write."""
         self._disk.close()
 
-    def _next(self, step: Any) -> int:
-        """The number to save under, held against the last one."""
+    def _next_step(self, step: Any) -> int:
+        """Checks the number to save under, which must be above the last one."""
         try:
             step = operator.index(step)
         except TypeError:
@@ -138,6 +155,7 @@ class Checkpoints:
                 f"step must be an int, but got {_errors.describe(step)}. Of a LearnerState it is "
                 "int(state.step)."
             ) from None
+        # Orbax would leave out a save that is not above the last, without a word.
         last = self._disk.last()
         least = 0 if last is None else last + 1
         if step < least:
@@ -148,8 +166,8 @@ class Checkpoints:
             )
         return step
 
-    def _chosen(self, step: int | None) -> int:
-        """The number asked for, or the latest."""
+    def _existing(self, step: int | None) -> int:
+        """Checks that there is a checkpoint of this number; None stands for the latest."""
         there, where = self.steps, self._disk.directory
         if not there:
             raise FileNotFoundError(
@@ -167,30 +185,30 @@ class Checkpoints:
 def checkpoints(directory: Any, recorder: Any, *, keep: int | None = 3) -> Checkpoints:
     """Opens a directory of checkpoints, to stop a run and to resume it bit for bit.
 
-    A saved state that another process restores goes on as if it had never stopped:
-    parameters, optimiser, carry, the recorded steps, the place in a group of `every`, and
-    random keys. Each checkpoint also says what wrote it: the version of JAX, window, every
-    and weights, the layout of a slot, and a fingerprint of the step. What is on a tape means
-    nothing to another step, nor to another JAX, whose residuals may be others. Such a tape
-    is refused, and `restore(like, clear=True)` gives back all but the recorded steps.
+    A run that another process restores goes on as if it had never stopped: parameters,
+    optimiser, carry, recorded steps, the place in a group of `every`, and random keys are
+    all saved. Each checkpoint also says what wrote it: the version of JAX, window, every and
+    weights, the layout of a slot, and a fingerprint of the step. A tape of another step means
+    nothing, nor does one of another JAX, whose residuals may differ. Such a tape is refused,
+    and `restore(like, clear=True)` restores everything but the recorded steps.
 
     Args:
-        directory: where they are, or will be; the first save makes it.
+        directory: the path of the directory; the first save makes it.
         recorder: what `record` or `learner` returned; for a state with the tapes of several
             recorders a list of these, in the order in which `jax.tree.leaves` comes to them.
-        keep: how many to keep, the newest; None for all.
+        keep: how many of the newest checkpoints to keep; None for all.
 
     Returns:
         A `Checkpoints`, for a `with` statement.
 
     Raises:
-        ValueError: `recorder` or `keep` is something else.
+        ValueError: `recorder` is none, or `keep` is not an int of at least 1.
         NotADirectoryError: `directory` is a file.
         ImportError: orbax-checkpoint is not installed.
 
     Note:
-        Whenever the process is killed, a checkpoint is complete or not there. One process
-        writes to a directory; others may read.
+        A checkpoint is complete or not there, whenever the process is killed. One process at a
+        time may write to a directory; others may read.
 
     Example:
         >>> import jax.numpy as jnp, jaxbptt, tempfile
@@ -208,10 +226,12 @@ def checkpoints(directory: Any, recorder: Any, *, keep: int | None = 3) -> Check
     """
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise ValueError(f"keep must be an int of at least 1, or None for all, but got {keep!r}.")
-    return Checkpoints(Disk(directory, keep), Steps.of(recorder))
+    return Checkpoints(OrbaxDirectory(directory, keep), TapeRecorders.of(recorder))
 
 
-def _json(data: Any) -> Any:
+def _as_json(data: Any) -> Any:
+    """Returns the data as JSON will give it back."""
+    # It is written much later, in the background, where an error would come too late.
     try:
         return json.loads(json.dumps(data))
     except (TypeError, ValueError) as cause:

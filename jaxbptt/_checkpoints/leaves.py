@@ -1,4 +1,4 @@
-"""A state leaf by leaf: what of each is saved, what belongs to the past, and how it comes back."""
+"""A state leaf by leaf: what is saved of each leaf, and how it is restored."""
 
 import dataclasses
 import zlib
@@ -18,36 +18,36 @@ from jaxbptt._types import PyTree, leaf_type
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class SavedLeaf:
     """One leaf of a state.
 
     Attributes:
-        path: where it is, e.g. ".params['w']"; no two leaves have the same.
+        path: where it is, e.g. ".params['w']"; no two leaves of a state have the same path.
         value: an array, a `jax.ShapeDtypeStruct` or a number.
-        past: whether it belongs to the recorded steps, which a cleared state is without.
+        on_tape: whether it belongs to the recorded steps, which `clear` leaves out.
     """
 
     path: str
     value: Any
-    past: bool
+    on_tape: bool
 
     @property
     def kind(self) -> str:
-        """Its type in words: shape and dtype, or that of the number."""
+        """Its type in words: dtype and shape, or Python's name for a number's type."""
         if isinstance(self.value, int | float | complex):
             return type(self.value).__name__
         return str(leaf_type(self.value))
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to save of it: an array of size 0."""
+        """Whether it is an array of size 0, of which there is nothing to save."""
         return 0 in np.shape(self.value)
 
     def saved(self) -> Any:
-        """What is saved of it: of keys their data.
+        """Returns the array to save: the value itself, or the data of keys.
 
         Raises:
-            ValueError: it has been donated, or there never was an array.
+            ValueError: it was donated, or is a struct and no array.
         """
         if isinstance(self.value, jax.ShapeDtypeStruct):
             raise ValueError(
@@ -64,92 +64,97 @@ class Leaf:
         return self.value if isinstance(self.value, jax.Array) else np.asarray(self.value)
 
     def wanted(self) -> Any:
-        """Something like what was saved, in place of this leaf, to be read.
+        """Describes, for the reader, the array that was saved of this leaf.
 
-        Where this leaf lies on chosen devices a ShapeDtypeStruct with its sharding, else
-        an array of numpy.
+        Returns:
+            A ShapeDtypeStruct with a sharding where this leaf lies on chosen devices, else a
+            NumPy array, so that a NumPy array is read.
         """
-        kind: Any = self.value
+        like: Any = self.value
         if _is_key(self.value):
-            kind = jax.eval_shape(jax.random.key_data, self.value)
+            like = jax.eval_shape(jax.random.key_data, self.value)
         elif isinstance(self.value, int | float | complex):
-            kind = np.asarray(self.value)
+            like = np.asarray(self.value)
         if self._sharding() is not None:
-            return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=self._sharding())
-        return np.empty(kind.shape, kind.dtype)
+            return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=self._sharding())
+        return np.empty(like.shape, like.dtype)
 
     def blank(self) -> Any:
-        """Zeros, in the form of what is read."""
+        """Returns zeros in the form that is read, for a leaf that was not saved or is cleared."""
         wanted = self.wanted()
         zeros = np.zeros(wanted.shape, wanted.dtype)
         return zeros if isinstance(wanted, np.ndarray) else jax.device_put(zeros, wanted.sharding)
 
     def restored(self, read: Any) -> Any:
-        """What was read, as a leaf like this one."""
+        """Turns what was read into a leaf of this one's kind: number, NumPy, key or array."""
         if isinstance(self.value, int | float | complex):
             return type(self.value)(read.item())
         if isinstance(self.value, np.ndarray | np.generic):
             return np.asarray(read)
         if _is_key(self.value):
             return jax.random.wrap_key_data(jnp.asarray(read), impl=_key_impl(self.value))
+        # JAX makes a weakly typed array of a Python number alone.
         if getattr(self.value, "weak_type", False) and not read.shape:
             return jnp.asarray(read.item())
         return jnp.asarray(read)
 
     def _sharding(self) -> Sharding | None:
-        # An array that is bound to no device must not become one: it goes along with others.
-        bound = getattr(self.value, "committed", True)
-        return getattr(self.value, "sharding", None) if bound else None
+        # An array that is not committed to a device must not be restored as a committed one:
+        # computations with arrays on other devices would then be refused.
+        committed = getattr(self.value, "committed", True)
+        return getattr(self.value, "sharding", None) if committed else None
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
-    """A state in flat leaves.
+class FlatState:
+    """A state as a list of leaves.
 
     Attributes:
-        leaves: all leaves, in order.
-        tapes: the tapes by path, in order.
-        treedef: of the whole.
+        leaves: all leaves, in the order of `jax.tree.leaves`.
+        tapes: the tapes by path, in the same order.
+        treedef: the structure of the state.
     """
 
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[SavedLeaf, ...]
     tapes: dict[str, Tape]
     treedef: jax.tree_util.PyTreeDef
 
     @classmethod
-    def of(cls, tree: PyTree, name: str) -> "State":
-        """Takes a state apart.
+    def of(cls, tree: PyTree, name: str) -> "FlatState":
+        """Flattens a state.
 
         Args:
             tree: arrays, ShapeDtypeStructs and numbers, with tapes among them.
             name: what a message calls it.
 
         Raises:
-            ValueError: a leaf is none of these.
+            ValueError: a leaf is something else.
         """
+        # Tapes and pending cotangents are flattened by themselves: which of their leaves
+        # belong to the recorded steps depends on the node that they are in.
         nodes = tree_flatten_with_path(tree, is_leaf=lambda v: isinstance(v, Tape | Pending))[0]
-        rows, count = [], Counter[str]()
-        for path, node in nodes:
+        leaves, seen = [], Counter[str]()
+        for outer, node in nodes:
             for inner, value in tree_flatten_with_path(node)[0]:
-                past = _is_past(node, inner)
-                at = keystr((*path, *inner))
-                count[at] += 1
-                _check(name + at, value)
-                # A container may give two children one key.
-                rows.append(Leaf(at if count[at] == 1 else f"{at}#{count[at]}", value, past))
+                path = keystr((*outer, *inner))
+                _check_savable(name + path, value)
+                # A container may give two of its children the same key.
+                seen[path] += 1
+                unique = path if seen[path] == 1 else f"{path}#{seen[path]}"
+                leaves.append(SavedLeaf(unique, value, _is_on_tape(node, inner)))
         tapes = {keystr(path): node for path, node in nodes if isinstance(node, Tape)}
-        return cls(tuple(rows), tapes, jax.tree.structure(tree))
+        return cls(tuple(leaves), tapes, jax.tree.structure(tree))
 
 
 def checksum(array: Any) -> str | None:
-    """A CRC-32 of an array's bytes; None where this process does not hold all of them."""
+    """The CRC-32 of an array's bytes; None where this process does not hold all of them."""
     if not getattr(array, "is_fully_addressable", True):
         return None
     return f"{zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data):08x}"
 
 
-def _is_past(node: Any, path: tuple) -> bool:
-    """Whether a leaf of a node belongs to the recorded steps."""
+def _is_on_tape(node: Any, path: tuple) -> bool:
+    """Whether a leaf, at a path within a node, belongs to the recorded steps."""
     return isinstance(node, Pending) or (
         isinstance(node, Tape) and path[0] != jax.tree_util.GetAttrKey("carry")
     )
@@ -162,13 +167,14 @@ def _is_key(value: Any) -> bool:
 
 def _key_impl(keys: Any) -> Any:
     """The implementation of keys, which may be a ShapeDtypeStruct."""
-    found = []
-    jax.eval_shape(lambda keys: found.append(jax.random.key_impl(keys)), keys)
-    return found[0]
+    impls = []
+    # key_impl takes no struct, but a tracer of the struct's type.
+    jax.eval_shape(lambda keys: impls.append(jax.random.key_impl(keys)), keys)
+    return impls[0]
 
 
-def _check(path: str, value: Any) -> None:
-    """Refuses what can't be saved."""
+def _check_savable(path: str, value: Any) -> None:
+    """Refuses a leaf that can't be saved."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
             f"{path} must be an array, but got the traced value {value}. Save outside of jit, "

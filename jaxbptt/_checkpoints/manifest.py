@@ -1,49 +1,62 @@
-"""What a checkpoint says of itself, and whether a state can go on from it."""
+"""What a checkpoint says of itself, and whether a state can be restored from it."""
 
-import contextlib
 import dataclasses
 import json
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxbptt import _errors
 from jaxbptt._arrays import structs_of
-from jaxbptt._checkpoints.leaves import Leaf, State, checksum
+from jaxbptt._checkpoints.leaves import FlatState, SavedLeaf, checksum
 from jaxbptt._closure.fingerprint import fingerprint
+from jaxbptt._compat import without_mesh
 from jaxbptt._transforms.record import Recorder, slot_types, trace_recorder
 from jaxbptt._transforms.tape import Settings, Tape, layout, settings_of
 from jaxbptt._types import LeafType, TreeType
 from jaxbptt._version import __version__
 
-Manifest = dict[str, Any]  # as JSON holds it
-Slot = tuple[LeafType, ...]
+# As JSON holds it. Its keys are part of the format on disk:
+#   format, jax, jaxbptt, data, and the checksum of all the rest
+#   tapes: for each tape its path, window, every, weights, x, slot and step, the fingerprint
+#   leaves: for each leaf its name, path, type, checksum, and past: whether it is on a tape
+Manifest = dict[str, Any]
 
 _FORMAT = 1
 _OPTIONS = ("window", "every", "weights", "x")
 _CLEAR = "restore(like, clear=True) gives all else back, with the tape empty."
 
 
+class TapeEntry(NamedTuple):
+    """What a manifest says of a tape.
+
+    Attributes:
+        slot: the types of the residuals in one slot; None where they can't be known.
+        entry: the recorder's options, the slot in words, and the fingerprint of the step.
+    """
+
+    slot: tuple[LeafType, ...] | None
+    entry: Manifest
+
+
 @dataclasses.dataclass(frozen=True)
-class Steps:
-    """The steps that the tapes of a state are of, each fingerprinted once.
+class TapeRecorders:
+    """The recorders of the tapes of a state; each step is traced and fingerprinted once.
 
     Attributes:
         recorders: one for all tapes, or one for each.
-        known: what was found of each, under the settings of its tape.
+        described: for the number of a recorder and the settings of a tape, its entry.
     """
 
     recorders: tuple[Recorder, ...]
-    known: dict[tuple[int, Settings], tuple[Slot | None, Manifest]] = dataclasses.field(
-        default_factory=dict
-    )
+    described: dict[tuple[int, Settings], TapeEntry] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: Any) -> "Steps":
-        """From a recorder, a learner, or a sequence of these.
+    def of(cls, given: Any) -> "TapeRecorders":
+        """Takes a recorder, a learner, or a sequence of these.
 
         Raises:
             ValueError: it is something else.
@@ -59,58 +72,62 @@ class Steps:
                 )
         return cls(recorders)
 
-    def manifest(self, state: State, name: str) -> Manifest:
-        """What a checkpoint of a state says of itself.
+    def manifest(self, state: FlatState, name: str) -> Manifest:
+        """Describes a state, as a checkpoint of it does.
 
         Args:
             state: the state.
             name: what a message calls it.
 
         Raises:
-            ValueError: a tape is not of its recorder, or there are not as many of either.
+            ValueError: a tape was made by another recorder, or the numbers of tapes and of
+                recorders differ.
         """
-        recorders = list(self.recorders) * (len(state.tapes) if len(self.recorders) == 1 else 1)
-        if len(recorders) != len(state.tapes):
+        one_for_all = len(self.recorders) == 1
+        if not one_for_all and len(self.recorders) != len(state.tapes):
             raise ValueError(
                 f"recorder must be the one that all tapes in {name} are of, or a list of one for "
-                f"each tape, but got {len(recorders)} for {len(state.tapes)} tapes. Pass them in "
-                "the order in which jax.tree.leaves comes to the tapes."
+                f"each tape, but got {len(self.recorders)} for {len(state.tapes)} tapes. Pass "
+                "them in the order in which jax.tree.leaves comes to the tapes."
             )
         tapes = [
-            {"path": path} | self._of_tape(min(i, len(self.recorders) - 1), tape)
+            {"path": path} | self._entry_of_tape(0 if one_for_all else i, tape)
             for i, (path, tape) in enumerate(state.tapes.items())
         ]
         leaves = [
-            {"name": _name(i, leaf), "path": leaf.path, "type": leaf.kind, "past": leaf.past}
+            {"name": _name(i, leaf), "path": leaf.path, "type": leaf.kind, "past": leaf.on_tape}
             for i, leaf in enumerate(state.leaves)
         ]
         return {"format": _FORMAT, **_versions(), "tapes": tapes, "leaves": leaves}
 
-    def _of_tape(self, i: int, tape: Tape) -> Manifest:
-        rec, made = self.recorders[i], settings_of(tape)
+    def _entry_of_tape(self, i: int, tape: Tape) -> Manifest:
+        """Describes a tape of the recorder number i, and checks that it is of that recorder."""
+        rec, settings = self.recorders[i], settings_of(tape)
         for name in ("windows", "every", "weights"):
-            if getattr(made, name) != getattr(rec, name):
-                raise _errors.other_setting(name, getattr(rec, name), getattr(made, name))
-        if (i, made) not in self.known:
-            self.known[i, made] = _of_step(rec, made)
-        slot, said = self.known[i, made]
-        # Under vmap arrays have an axis more than the recorder knows of.
+            if getattr(settings, name) != getattr(rec, name):
+                raise _errors.other_setting(name, getattr(rec, name), getattr(settings, name))
+        # Tracing is slow next to a save, and a run saves the same tape again and again.
+        if (i, settings) not in self.described:
+            self.described[i, settings] = _describe(rec, settings)
+        slot, entry = self.described[i, settings]
+        # Arrays of a tape made under vmap have an axis that the recorder doesn't know of.
         if slot is not None and tape.length.ndim == 0 and slot != layout(tape):
             raise _errors.other_residuals(slot, layout(tape))
-        return said
+        return entry
 
 
-def refuse(theirs: Manifest, ours: Manifest, where: str, clear: bool) -> None:
-    """Refuses a checkpoint that a state can't go on from, before anything of it is read.
+def check_compatible(theirs: Manifest, ours: Manifest, where: str, clear: bool) -> None:
+    """Refuses a checkpoint that doesn't fit a state, before any array of it is read.
 
     Args:
-        theirs: what the checkpoint says of itself.
-        ours: what one of the state that is asked for would say.
+        theirs: the checkpoint's manifest.
+        ours: the manifest of the state to restore.
         where: what a message calls the checkpoint.
-        clear: whether it is to go on without the recorded steps.
+        clear: whether the recorded steps are left out, so that tapes need not fit.
 
     Raises:
-        ValueError: they differ in what counts.
+        ValueError: leaves have other paths or types; or, without `clear`, a tape is of another
+            version of JAX, of other options of the recorder, or of another step.
     """
     if theirs.get("format") != _FORMAT:
         raise ValueError(
@@ -118,42 +135,49 @@ def refuse(theirs: Manifest, ours: Manifest, where: str, clear: bool) -> None:
             f"with the jaxbptt that wrote it, {theirs.get('jaxbptt')}."
         )
     remedy = "Make like as the saved state was made, such as by the same init."
-    _same_leaves(theirs, ours, where, False, remedy)
+    _check_leaves(theirs, ours, where, on_tape=False, remedy=remedy)
     if clear:
         return
     here = {tape["path"]: tape for tape in ours["tapes"]}
     for tape in theirs["tapes"]:
         if tape["path"] in here:
-            unlike = _unlike(theirs, ours, tape, here[tape["path"]])
-            if unlike:
-                saved, asked = map(" and ".join, zip(*unlike, strict=True))
+            differences = _differences(theirs, ours, tape, here[tape["path"]])
+            if differences:
+                saved, asked = map(" and ".join, zip(*differences, strict=True))
                 raise ValueError(
                     f"like{tape['path']} must continue a tape of {asked}, but the one in {where} "
                     f"is of {saved}: {_CLEAR}"
                 )
-    _same_leaves(theirs, ours, where, True, _CLEAR)
+    # Last, for a ring of other arrays is what the differences above lead to.
+    _check_leaves(theirs, ours, where, on_tape=True, remedy=_CLEAR)
 
 
 def sealed(manifest: Manifest) -> Manifest:
-    """The manifest with a checksum of itself."""
+    """Returns the manifest with a checksum of itself."""
     return manifest | {"checksum": _seal(manifest)}
 
 
 def check_seal(manifest: Manifest, where: str) -> None:
-    """Refuses a manifest that is not as it was written; one of an older release has no checksum.
+    """Refuses a manifest that changed on disk.
 
     Raises:
-        ValueError: it isn't.
+        ValueError: it doesn't match its checksum.
     """
+    # Older releases wrote no checksum.
     if manifest.get("checksum") not in (None, _seal(manifest)):
         raise _damaged(where, "its manifest")
 
 
 def check_sums(manifest: Manifest, read: Mapping[str, Any], where: str) -> None:
-    """Refuses arrays that do not have the checksums that they were saved with.
+    """Refuses arrays that changed on disk.
+
+    Args:
+        manifest: what the checkpoint says of itself.
+        read: the arrays that were read, by name.
+        where: what a message calls the checkpoint.
 
     Raises:
-        ValueError: one has another.
+        ValueError: an array doesn't match its checksum.
     """
     for leaf in manifest["leaves"]:
         value, saved = read.get(leaf["name"]), leaf.get("checksum")
@@ -162,7 +186,7 @@ def check_sums(manifest: Manifest, read: Mapping[str, Any], where: str) -> None:
 
 
 def _damaged(where: str, what: str) -> ValueError:
-    """The error for a checkpoint that changed on disk."""
+    """The error for a checkpoint in which `what` changed on disk."""
     return ValueError(
         f"{where} must hold what was saved, but {what} does not match its checksum: the file was "
         "damaged. Take another checkpoint: restore(like, step=...)."
@@ -170,8 +194,8 @@ def _damaged(where: str, what: str) -> ValueError:
 
 
 def _seal(manifest: Manifest) -> str:
-    said = {key: value for key, value in manifest.items() if key != "checksum"}
-    return f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
 
 
 def names(manifest: Manifest) -> dict[str, str]:
@@ -179,7 +203,8 @@ def names(manifest: Manifest) -> dict[str, str]:
     return {leaf["path"]: leaf["name"] for leaf in manifest["leaves"]}
 
 
-def _name(i: int, leaf: Leaf) -> str:
+def _name(i: int, leaf: SavedLeaf) -> str:
+    # Becomes the name of a file: the number makes it unique, the path makes it readable.
     return f"{i:04d}" + re.sub(r"[^a-zA-Z0-9]+", "_", leaf.path).rstrip("_")
 
 
@@ -187,39 +212,38 @@ def _versions() -> Manifest:
     return {"jax": jax.__version__, "jaxbptt": __version__}
 
 
-def _of_step(rec: Recorder, made: Settings) -> tuple[Slot | None, Manifest]:
-    """The layout of a slot; and in words that, the recorder's options, and the fingerprint."""
-    known = {"window": repr(rec.window), "every": rec.every, "weights": rec.weights}
-    known["x"] = ", ".join(map(str, made.x.leaves))
-    params, carry, x = (structs_of(_outside(kind)) for kind in (made.params, made.carry, made.x))
+def _describe(rec: Recorder, settings: Settings) -> TapeEntry:
+    """Describes the tapes of a recorder that have these settings. Traces the step once."""
+    options = {"window": repr(rec.window), "every": rec.every, "weights": rec.weights}
+    options["x"] = ", ".join(map(str, settings.x.leaves))
+    types = (_off_mesh(kind) for kind in (settings.params, settings.carry, settings.x))
+    params, carry, x = map(structs_of, types)
     try:
-        with _off_any_mesh():
+        with without_mesh():
             closure = trace_recorder(rec, params, carry, x)
     except NameError as error:
         if "axis name" not in str(error):
             raise
-        # A step with collectives has no meaning, and no trace, outside its mesh.
-        return None, {**known, "slot": None, "step": None}
+        # A step with collectives can't be traced outside its mesh.
+        return TapeEntry(None, {**options, "slot": None, "step": None})
     slot = slot_types(rec, closure, carry, x)
-    return slot, {**known, "slot": [*map(str, slot)], "step": fingerprint(closure)}
+    described = {"slot": [*map(str, slot)], "step": fingerprint(closure)}
+    return TapeEntry(slot, options | described)
 
 
-def _off_any_mesh() -> contextlib.AbstractContextManager:
-    """Where a program has no trace of the mesh that the caller has entered."""
-    use = getattr(jax.sharding, "use_abstract_mesh", None)  # JAX 0.7 has none
-    return use(jax.sharding.AbstractMesh((), ())) if use else contextlib.nullcontext()
-
-
-def _outside(kind: TreeType) -> TreeType:
-    """A type as it is outside `shard_map` and off any mesh."""
+def _off_mesh(kind: TreeType) -> TreeType:
+    """Returns a type as it is outside `shard_map` and off any mesh."""
+    # A checkpoint may be restored on another mesh: its fingerprint must not depend on it.
     leaves = [dataclasses.replace(v, varying=frozenset(), sharding=None) for v in kind.leaves]
     return dataclasses.replace(kind, leaves=tuple(leaves))
 
 
-def _same_leaves(theirs: Manifest, ours: Manifest, where: str, past: bool, remedy: str) -> None:
-    """Refuses leaves, of the past or of the rest, that are not those that were saved."""
+def _check_leaves(
+    theirs: Manifest, ours: Manifest, where: str, *, on_tape: bool, remedy: str
+) -> None:
+    """Refuses leaves of another path or type than was saved, of the tapes or of all else."""
     saved, asked = (
-        {leaf["path"]: leaf["type"] for leaf in manifest["leaves"] if leaf["past"] == past}
+        {leaf["path"]: leaf["type"] for leaf in manifest["leaves"] if leaf["past"] == on_tape}
         for manifest in (theirs, ours)
     )
     rows = [
@@ -238,11 +262,21 @@ def _same_leaves(theirs: Manifest, ours: Manifest, where: str, past: bool, remed
     )
 
 
-def _unlike(theirs: Manifest, ours: Manifest, saved: Manifest, asked: Manifest) -> list[tuple]:
-    """In what a saved tape differs from the one asked for: in words, what each is of."""
+def _differences(
+    theirs: Manifest, ours: Manifest, saved: Manifest, asked: Manifest
+) -> list[tuple[str, str]]:
+    """How the entry of a saved tape differs from the one asked for, as pairs of words.
+
+    Args:
+        theirs: the checkpoint's manifest.
+        ours: the manifest of the state to restore.
+        saved: the entry of a tape in `theirs`.
+        asked: the entry of the tape at the same path in `ours`.
+    """
     pairs = [(f"JAX {theirs['jax']}", f"JAX {ours['jax']}")]
     pairs += [(f"{key}={saved[key]}", f"{key}={asked[key]}") for key in _OPTIONS]
     differ = [pair for pair in pairs if pair[0] != pair[1]]
+    # With other options, or under another JAX, a step has another fingerprint in any case.
     if differ or saved["step"] == asked["step"]:
         return differ
     versions = f"jaxbptt {theirs['jaxbptt']}", f"jaxbptt {ours['jaxbptt']}"

@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
+from jaxbptt._compat import savable_by_orbax
 
 Item = Mapping[str, Any]  # arrays by name
 
 
-class Disk:
-    """The checkpoints in a directory, each under its number.
+class OrbaxDirectory:
+    """A directory of checkpoints, each under its number.
 
-    A checkpoint is a few items of arrays, by name, and a manifest, which is JSON. It is
-    written beside the others and renamed when it is complete.
+    A checkpoint consists of a few items, which hold arrays by name, and of a manifest, which
+    is JSON. It is written under another name and renamed when it is complete.
     """
 
     def __init__(self, directory: Any, keep: int | None):
-        """Takes where they are, or will be, and how many of the newest to keep."""
-        load()
+        """Takes a path, which need not exist yet, and how many of the newest to keep."""
+        load_orbax()
+        # Orbax also takes addresses of object stores, such as gs://bucket/run.
         if "://" not in str(directory):
             directory = Path(directory).absolute()
             if directory.exists() and not directory.is_dir():
@@ -29,8 +29,8 @@ class Disk:
                     f"directory must be a directory, but {directory} is a file. Name another one."
                 )
         self.directory, self._keep = directory, keep
-        self._writer: Any = None  # orbax's manager, from the first write on
-        self._newest: int | None = None  # of those written here
+        self._writer: Any = None  # orbax's CheckpointManager, from the first write on
+        self._newest: int | None = None  # the last number written here
 
     def steps(self) -> list[int]:
         """The numbers of the checkpoints that are complete, in order."""
@@ -38,51 +38,54 @@ class Disk:
             return sorted(reader.all_steps())
 
     def last(self) -> int | None:
-        """The highest number there is, or is being written."""
+        """The highest number that is there or is being written; None if there is none."""
         return self._open_writer().latest_step()
 
     def write(self, step: int, items: Mapping[str, Item], manifest: Item) -> None:
-        """Copies the items and starts to write; of items without arrays there is nothing."""
-        args = load().args
+        """Copies the items and begins to write them; items without arrays are left out."""
+        args = load_orbax().args
         saves = {
-            name: args.StandardSave({key: _given(array) for key, array in tree.items()})
-            for name, tree in items.items()
-            if tree
+            name: args.StandardSave({key: savable_by_orbax(v) for key, v in arrays.items()})
+            for name, arrays in items.items()
+            if arrays
         }
         saves["manifest"] = args.JsonSave(manifest)
         self._newest = step
         self._open_writer().save(step, args=args.Composite(**saves))
 
     def read_manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of a checkpoint.
+        """Reads the manifest of a checkpoint.
 
         Raises:
             ValueError: there is none, or it can't be read.
         """
-        return self._read(step, "manifest", load().args.JsonRestore())
+        return self._read(step, "manifest", load_orbax().args.JsonRestore())
 
     def read(self, step: int, item: str, wanted: Item) -> dict[str, Any]:
-        """Arrays of an item.
+        """Reads all arrays of an item.
 
         Args:
             step: the number of the checkpoint.
             item: the name of the item.
-            wanted: for all of its arrays something like it: ShapeDtypeStructs with a
-                sharding, or arrays of numpy for those that are to be arrays of numpy.
+            wanted: for each of its arrays, by name, a ShapeDtypeStruct with a sharding, or a
+                NumPy array where a NumPy array is to be read.
 
         Raises:
             ValueError: they can't be read.
         """
-        return self._read(step, item, load().args.StandardRestore(wanted)) if wanted else {}
+        if not wanted:
+            return {}
+        return self._read(step, item, load_orbax().args.StandardRestore(wanted))
 
     def wait(self) -> None:
-        """Waits until all that was given to `write` is on disk.
+        """Waits until everything given to `write` is on disk.
 
         Raises:
             OSError: it could not be written.
         """
         if self._writer is None:
             return
+        # Errors of the background thread come out here.
         try:
             self._writer.wait_until_finished()
         except Exception as cause:
@@ -96,16 +99,23 @@ class Disk:
         """Waits as `wait` does, and ends the threads that write."""
         try:
             self.wait()
-        finally:
-            writer, self._writer = self._writer, None
-            if writer is not None:
-                writer.close()
+        except BaseException:
+            # After a failed write orbax may fail once more, with an error that says less.
+            with contextlib.suppress(Exception):
+                self._close_writer()
+            raise
+        self._close_writer()
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
     def _open_writer(self) -> Any:
         if self._writer is None:
-            orbax = load()
-            # What an interrupted write has left is removed: here and not by those that
-            # read, who would remove what another process is writing.
+            orbax = load_orbax()
+            # Only the writer removes what an interrupted write has left behind: a reader
+            # might remove what another process is just writing.
             options = orbax.CheckpointManagerOptions(
                 preservation_policy=orbax.checkpoint_managers.LatestN(self._keep),
                 cleanup_tmp_directories=True,
@@ -115,16 +125,18 @@ class Disk:
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[Any]:
-        orbax = load()
+        # A new one each time: a manager lists the directory once, and another process may write.
+        orbax = load_orbax()
         options = orbax.CheckpointManagerOptions(create=False)
         with orbax.CheckpointManager(self.directory, options=options) as reader:
             yield reader
 
     def _read(self, step: int, item: str, request: Any) -> Any:
-        what = load().args.Composite(**{item: request})
+        args = load_orbax().args.Composite(**{item: request})
+        # Orbax raises errors of many kinds for a file that is missing or damaged.
         try:
             with self._reader() as reader:
-                return reader.restore(step, args=what)[item]
+                return reader.restore(step, args=args)[item]
         except Exception as cause:
             raise ValueError(
                 f"checkpoint {step} in {self.directory} must be one that jaxbptt.checkpoints has "
@@ -133,8 +145,8 @@ class Disk:
             ) from cause
 
 
-def load() -> Any:
-    """The module orbax.checkpoint.
+def load_orbax() -> Any:
+    """Imports orbax.checkpoint, which is optional.
 
     Raises:
         ImportError: it is not installed.
@@ -148,15 +160,6 @@ def load() -> Any:
         ) from cause
 
 
-def _given(array: Any) -> Any:
-    """An array as orbax takes it."""
-    if hasattr(jax, "set_mesh") or not getattr(array, "is_fully_addressable", False):
-        return array
-    # What lies on several devices orbax divides between them, under a mesh that it sets
-    # by a function that JAX 0.7.0 does not have yet.
-    return array if len(array.sharding.device_set) == 1 else np.asarray(array)
-
-
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, to go into a sentence."""
+    """The first line of an error's message, without its full stop, to be quoted in a sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

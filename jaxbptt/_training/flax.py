@@ -1,4 +1,4 @@
-"""`from_linen` and `from_nnx`: a flax module with state of its own as a step function."""
+"""`from_linen` and `from_nnx`: flax modules with state of their own as step functions."""
 
 import importlib
 import inspect
@@ -13,18 +13,37 @@ from jaxbptt._types import PyTree, StepFn
 
 
 class LinenState(NamedTuple):
-    """What a linen module hands from step to step beside its carry."""
+    """The state of a linen module, carried from step to step beside the module's own carry.
 
-    collections: dict[str, PyTree]  # by name, such as "batch_stats"; all but "params"
-    rngs: PyTree  # keys, from which each step draws its own
+    Attributes:
+        collections: all collections but "params" by name, such as "batch_stats".
+        rngs: keys, from which each step splits off its own.
+    """
+
+    collections: dict[str, PyTree]
+    rngs: PyTree
+
+
+class ModuleStep(NamedTuple):
+    """A flax module as a step, with what the step begins from.
+
+    Attributes:
+        step: `step(params, (carry, state), x) -> ((carry, state), y)`.
+        params: the parameters.
+        state: the state to start from.
+    """
+
+    step: StepFn
+    params: PyTree
+    state: PyTree
 
 
 def from_linen(
     module: Any, variables: Mapping[str, PyTree], *, rngs: PyTree = None, **kwargs: Any
-) -> tuple[StepFn, PyTree, LinenState]:
+) -> ModuleStep:
     """Makes a step of a linen module that has mutable collections or draws random numbers.
 
-    Both change at each step, so they travel in the carry, beside the module's own:
+    Both change at each step, so the step's carry holds them beside the module's own carry:
 
         rngs_s, drawn_s = split(rngs_{s-1})
         ((carry_s, y_s), collections_s) =
@@ -34,23 +53,24 @@ def from_linen(
 
     Args:
         module: a `flax.linen.Module` that is called as `module(carry, x) -> (carry, y)`.
-        variables: what `module.init` returned. All its collections but "params" are mutable.
+        variables: what `module.init` returned. All collections but "params" are mutable.
         rngs: keys for `module.apply`, such as `{"dropout": key}`; None for none.
         **kwargs: for `module.apply`: `method`, or arguments of the module, `train=True`.
 
     Returns:
-        `(step, params, state)`: params is `variables["params"]`, and the step's carry is a pair
-        `(carry, state)` with state a `LinenState(collections, rngs)`. Gradients flow through
-        the collections as through any carry; `window=(20, 1)` cuts theirs.
+        A named tuple `(step, params, state)`: params is `variables["params"]`, and the step's
+        carry is a pair `(carry, state)` whose state is a `LinenState(collections, rngs)`.
+        Gradients flow through the collections as through any carry; `window=(20, 1)` lets
+        them flow one step through these.
 
     Raises:
-        ValueError: `module` is none that can be called so, `variables` has no "params", or
-            `rngs` holds something else than keys.
-        TypeError: the module doesn't return a pair; when the step is traced.
+        ValueError: `module` is not a `flax.linen.Module` or can't be called with a carry and x,
+            `variables` has no "params", or `rngs` holds something that is not a key.
+        TypeError: the module doesn't return a pair; raised when the step is traced.
         ImportError: flax is not installed.
 
     Cost:
-        The module's own, and one split of each key.
+        That of the module, and one split of each key.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbptt
@@ -73,62 +93,64 @@ def from_linen(
             "variables must be what module.init returned, with 'params' among its collections, "
             f"but got {', '.join(map(repr, variables))}. Pass {{'params': params, ...}}."
         )
+    # A key that can't be split would be found in the step, with an error of JAX's.
     try:
         jax.eval_shape(_next_keys, rngs)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"rngs must hold keys, such as {{'dropout': jax.random.key(0)}}, but got {rngs!r}."
         ) from error
+    # flax allows a step to write into these, and returns them.
     mutable = [name for name in variables if name != "params"]
 
     def step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         carry, (collections, rngs) = carry
-        rngs, drawn = _next_keys(rngs)
-        held = {"params": params, **collections}
+        rngs, own_rngs = _next_keys(rngs)
+        given = {"params": params, **collections}
         try:
-            out, changed = module.apply(held, carry, x, rngs=drawn, mutable=mutable, **kwargs)
+            out, changed = module.apply(given, carry, x, rngs=own_rngs, mutable=mutable, **kwargs)
         except (errors.ScopeParamNotFoundError, errors.ScopeCollectionNotFound) as cause:
             raise ValueError(
                 f"variables must be what {type(module).__name__}.init returned, but of "
                 f"{', '.join(map(repr, variables)) or 'nothing'} flax says: "
                 f"{str(cause).split(' (http')[0].rstrip('.')}. Pass module.init(key, carry, x)."
             ) from cause
-        carry, y = _pair(out, module)
+        carry, y = _as_pair(out, module)
         return (carry, LinenState({**collections, **changed}, rngs)), y
 
     state = LinenState({name: variables[name] for name in mutable}, rngs)
-    return step, variables.get("params", {}), state
+    return ModuleStep(step, variables.get("params", {}), state)
 
 
-def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> tuple[StepFn, PyTree, PyTree]:
+def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> ModuleStep:
     """Makes a step of an nnx module that has state: batch statistics, random numbers.
 
-    State changes at each step, so it travels in the carry, beside the module's own:
+    State changes at each step, so the step's carry holds it beside the module's own carry:
 
         (carry_s, y_s), state_s = module{θ_s, state_{s-1}}(carry_{s-1}, x_s)
 
-    A module without any is a pytree, its own params, and
+    A module without state needs no adapter: it is a pytree, its own params, and
     `lambda module, carry, x: module(carry, x)` is its step.
 
     Args:
         module: an `nnx.Module` that is called as `module(carry, x) -> (carry, y)`, in the mode
-            (train or eval) that it is in now. It is not changed.
+            (train or eval) that it is in now. It is copied and not changed.
         wrt: filter for the variables that are params, as for `nnx.grad`; None for `nnx.Param`.
             An `nnx.Param` that it leaves out is a constant of the step.
         **kwargs: arguments of the module, `train=True`.
 
     Returns:
-        `(step, params, state)`: two `nnx.State`s, state of all that is no param, and the step's
-        carry is a pair `(carry, state)`. `nnx.update(module, params, state)` puts into the
-        module what a run has made of them.
+        A named tuple `(step, params, state)`: params and state are `nnx.State`s, state of all
+        variables that are not params, and the step's carry is a pair `(carry, state)`. After
+        a run `nnx.update(module, params, state)` puts both back into the module.
 
     Raises:
-        ValueError: `module` is none that can be called so.
-        TypeError: the module doesn't return a pair; when the step is traced.
+        ValueError: `module` is not an `nnx.Module`, or can't be called with a carry and x.
+        TypeError: the module doesn't return a pair; raised when the step is traced.
         ImportError: flax is not installed.
 
     Cost:
-        The module's own.
+        That of the module.
 
     Example:
         >>> import jax.numpy as jnp, jaxbptt
@@ -145,32 +167,37 @@ def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> tuple[StepFn, Py
         >>> tape = jaxbptt.record(step, window=20).init(params, (h, state), x)
     """
     nnx = _check_module(module, "nnx", kwargs)
+    # In this order: a variable goes to the first filter that takes it.
     filters = (nnx.Param if wrt is None else wrt, nnx.Param, ...)
-    # Copies, here and in the step: a module that is called changes its variables in place.
+    # A module changes its variables in place when it is called. So the user's own is cloned
+    # here, and the step merges copies into the module that it calls.
     graph, params, constants, state = nnx.split(nnx.clone(module), *filters)
 
     def step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         carry, state = carry
-        called = nnx.merge(graph, params, constants, state, copy=True)
-        carry, y = _pair(called(carry, x, **kwargs), module)
-        return (carry, nnx.split(called, *filters)[3]), y
+        merged = nnx.merge(graph, params, constants, state, copy=True)
+        carry, y = _as_pair(merged(carry, x, **kwargs), module)
+        *_, state = nnx.split(merged, *filters)
+        return (carry, state), y
 
-    return step, params, state
+    return ModuleStep(step, params, state)
 
 
 def _next_keys(rngs: PyTree) -> tuple[PyTree, PyTree]:
-    """The keys to go on with, and those to draw from now."""
+    """Splits each key in two: those to carry on with, and those to draw from in this step."""
     pairs = jax.tree.map(jax.random.split, rngs)
     return jax.tree.map(itemgetter(0), pairs), jax.tree.map(itemgetter(1), pairs)
 
 
-def _pair(out: Any, module: Any) -> Any:
+def _as_pair(out: Any, module: Any) -> Any:
+    """Returns what a module returned, or refuses it if it is not a pair."""
     _errors.is_pair(out, "a pair (carry, y)", f"Let {type(module).__name__} return that.")
     return out
 
 
 def _check_module(module: Any, library: str, kwargs: dict[str, Any]) -> Any:
-    """The library, or a refusal of what is none of its modules or isn't called with a carry."""
+    """Imports flax's `library`, and checks that `module` is one of it and takes a carry and x."""
+    # Imported here and not above: flax is optional.
     try:
         flax = importlib.import_module(f"flax.{library}")
     except ImportError as error:
@@ -178,11 +205,13 @@ def _check_module(module: Any, library: str, kwargs: dict[str, Any]) -> Any:
             f"from_{library} needs flax, which isn't installed: pip install 'jaxbptt[flax]'."
         ) from error
     if not isinstance(module, flax.Module):
-        came = f"the class {module.__name__}" if isinstance(module, type) else None
+        is_class = isinstance(module, type)
+        got = f"the class {module.__name__}" if is_class else _errors.describe(module)
         raise ValueError(
-            f"module must be a flax.{library}.Module, but got {came or _errors.describe(module)}. "
+            f"module must be a flax.{library}.Module, but got {got}. "
             "Pass an instance; from_linen is for flax.linen, from_nnx for flax.nnx."
         )
+    # Another method has a signature of its own, which flax checks.
     signature = inspect.signature(type(module).__call__)
     try:
         if "method" not in kwargs:

@@ -4,36 +4,50 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
-from jaxbptt._closure.closure import pick
 from jaxbptt._closure.step import own_containers
 from jaxbptt._compat import lax_scan
-from jaxbptt._training import loss as _objective
-from jaxbptt._training import optimizer as _optimizer
-from jaxbptt._training import stream as _stream
-from jaxbptt._training import update as _update
-from jaxbptt._training.state import LearnerState, Metrics, Pending, check_state
-from jaxbptt._transforms.record import Recorder, record
+from jaxbptt._training.loss import evaluate_loss, loss_and_ct_y, not_a_function
+from jaxbptt._training.optimizer import (
+    Optimizer,
+    check_optimizer,
+    init_opt_state,
+    step_optimizer,
+    trainable,
+)
+from jaxbptt._training.state import LearnerState, Metrics, Pending, check_state, pending_rows
+from jaxbptt._training.stream import RunBlock, run_stream
+from jaxbptt._transforms.cotangents import with_float0
+from jaxbptt._transforms.record import Recorder, record, record_step
+from jaxbptt._transforms.tape import Tape, is_due, keep_or_roll_back
 from jaxbptt._types import PyTree, StepFn, leaf_type, type_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """Online training as pure functions; made by `learner`."""
+    """Online training as pure functions; made by `learner`.
+
+    Attributes:
+        recorder: the `Recorder` of the step, which `checkpoints` and `gradient_by_lag` take.
+        loss: `loss(y, x)`.
+        optimizer: the optimiser.
+        on_nonfinite: "pass" or "clear".
+    """
 
     recorder: Recorder
     loss: Callable[[PyTree, PyTree], Any]
-    optimizer: _optimizer.Optimizer
+    optimizer: Optimizer
     on_nonfinite: str
 
     def init(self, params: PyTree, carry: PyTree, x: PyTree) -> LearnerState:
-        """The state to start from, with nothing recorded.
+        """Makes the state to start from, with nothing recorded.
 
         Args:
             params: the parameters to start from. They and `carry` are copied, so that the
@@ -42,8 +56,8 @@ class Learner:
             x: one input, arrays or `jax.ShapeDtypeStruct`s.
 
         Returns:
-            A `LearnerState`. Under `jax.eval_shape` it allocates nothing, and `.tape.nbytes`
-            tells the size of the ring.
+            A `LearnerState`. Under `jax.eval_shape` nothing is allocated, and `.tape.nbytes`
+            is the size of the ring.
 
         Raises:
             TypeError: the step doesn't return `(carry, y)` with the carry's type, or the
@@ -53,20 +67,21 @@ class Learner:
         tape = self.recorder.init(params, carry, x)
         params = jax.tree.map(jnp.copy, as_strong_arrays(params, "params"))
         x = as_strong_arrays(x, "x", structs=True)
-        _, y, loss, _ = jax.eval_shape(self._plainly, params, tape.carry, x)
+        # Traced for the types of y and of the loss, and to check them before the first update.
+        out = jax.eval_shape(self._step_unrecorded, params, tape.carry, x)
         pending = None
         if self.recorder.every > 1:
-            moving = pick(_objective.differentiable(y), type_of(y).leaves)
-            pending = Pending.blank(tape, moving, leaf_type(loss))
-        opt_state = _optimizer.start(self.optimizer, params)
+            ct_y = [leaf for leaf in type_of(out.y).leaves if leaf.differentiable]
+            pending = Pending.empty(tape, ct_y, leaf_type(out.loss))
+        opt_state = init_opt_state(self.optimizer, params)
         return LearnerState(params, opt_state, tape, jnp.zeros((), jnp.uint32), pending)
 
     def update(self, state: LearnerState, x: PyTree) -> tuple[LearnerState, Metrics]:
-        """One time step: forward, backward where a group ends, and the optimiser's step.
+        """Takes one time step: forward, and where a group ends backward and the optimiser's step.
 
-        The body of a `lax.scan`; jit it with `donate_argnums=0`. A derivative *through* it, of
-        either mode, is that of the whole computation and is not truncated: hypergradients, of
-        what the optimiser or the loss closes over, are exact.
+        It is the body of a `lax.scan`; jit it with `donate_argnums=0`. Derivatives *through* it,
+        of either mode, are those of the whole computation and are not truncated: hypergradients
+        with respect to what the optimiser or the loss closes over are exact.
 
         Args:
             state: what `init` or the last update returned.
@@ -76,17 +91,44 @@ class Learner:
             The new state, of the same type, and `Metrics`.
 
         Raises:
-            TypeError: the loss or the optimiser returns something else than it must.
-            ValueError: `state` is not a `LearnerState` of this learner, or `x`, or something
+            TypeError: the loss doesn't return a scalar; or the optimiser doesn't return changes
+                of the gradient's structure and a state of its old type.
+            ValueError: `state` is not a `LearnerState` of this learner; or `x`, or something
                 put into the state, has other shapes than in `init`.
 
         Cost:
-            One step and one slot written; where a group ends, `window` pullbacks of the step
-            and one step of the optimiser.
+            One step, and one slot of the ring written. Where a group ends, also `window`
+            pullbacks of the step and one step of the optimiser.
         """
         check_state(state)
-        x, clears = as_strong_arrays(x, "x"), self.on_nonfinite == "clear"
-        return _update.update(self.recorder, self.loss, self.optimizer, clears, state, x)
+        x = as_strong_arrays(x, "x")
+        # Forward: the step, its loss, and the cotangent ȳ that the loss gives of y.
+        tape, y = record_step(self.recorder, state.params, state.tape, x)
+        loss, aux, ct_y = loss_and_ct_y(self.loss, y, x)
+        # Under "pass" nobody asks, and no test for NaNs is compiled.
+        finite = _all_finite((loss, tape.carry)) if self.on_nonfinite == "clear" else None
+
+        # The group's cotangents gather until it ends. At every=1 each step is a group of its
+        # own, and nothing has to wait.
+        pending, ct_ys, total = None, [ct[None] for ct in ct_y], loss
+        if state.pending is not None:
+            pending = state.pending.with_step(tape, ct_y, loss)
+            ct_ys, total = pending
+
+        # Backward and the optimiser's step are in a branch: within a group they cost nothing.
+        def update_now() -> _Updated:
+            grads = self._gradient(state.params, tape, y, ct_ys)
+            return self._apply_gradient(grads, state, total, finite)
+
+        def skip() -> _Updated:
+            return _Updated(state.params, state.opt_state, jnp.zeros((), bool), finite)
+
+        new = update_now() if pending is None else lax.cond(is_due(tape), update_now, skip)
+        # The loss and the metrics stay as they are: they tell of the step that was rolled back.
+        if new.finite is not None:
+            tape = keep_or_roll_back(new.finite, tape, state.tape)
+        new_state = LearnerState(new.params, new.opt_state, tape, state.step + 1, pending)
+        return new_state, Metrics(loss, aux, new.updated)
 
     def clear(self, state: LearnerState, carry: PyTree = None) -> LearnerState:
         """Forgets the recorded steps and the pending cotangents; the next step starts a group.
@@ -97,8 +139,11 @@ class Learner:
                 None keeps the one on the tape.
 
         Returns:
-            The state, as one that began here. In a compiled loop under `lax.cond` it may have
-            the ring copied at each step; `on_nonfinite="clear"` does not.
+            A state as if training began here.
+
+        Cost:
+            The ring is zeroed. Under `lax.cond` in a compiled loop that may copy the ring at
+            each step; `on_nonfinite="clear"` does not.
 
         Raises:
             ValueError: `state` is not a `LearnerState`, or `carry` not of the carry's type.
@@ -106,32 +151,40 @@ class Learner:
         check_state(state)
         tape = state.tape
         if carry is not None:
+            # The first checks the type. The copy lets the state be donated, and the caller's
+            # carry survive.
             tape = tape.replace(carry=carry)
             tape = tape.replace(carry=jax.tree.map(jnp.copy, tape.carry))
-        pending = state.pending and state.pending.forgotten()
+        pending = state.pending and state.pending.cleared()
         return state._replace(tape=self.recorder.clear(tape), pending=pending)
 
     def evaluate(
         self, state: LearnerState, xs: PyTree, carry: PyTree = None
     ) -> tuple[PyTree, Metrics]:
-        """Runs steps under the parameters as they are; nothing is recorded and nothing learned.
+        """Runs steps under fixed parameters, without recording and without learning.
 
         Args:
-            state: the state, which stays as it is.
+            state: the state; it is not changed.
             xs: inputs, leaves (steps, *x.shape).
             carry: the carry to start from; None for the one on the tape.
 
         Returns:
-            The last carry, and `Metrics` with leaves (steps, ...). To be jitted, as `lax.scan`.
+            The last carry, and `Metrics` with leaves (steps, ...).
+
+        Raises:
+            ValueError: `state` is not a `LearnerState`, or a leaf isn't an array.
+
+        Cost:
+            One step for each input. As with `lax.scan`, jit the call.
         """
         check_state(state)
 
-        def one(carry: PyTree, x: PyTree) -> tuple[PyTree, Metrics]:
-            carry, _, loss, aux = self._plainly(state.params, carry, x)
-            return carry, Metrics(loss, aux, jnp.zeros((), bool))
+        def body(carry: PyTree, x: PyTree) -> tuple[PyTree, Metrics]:
+            out = self._step_unrecorded(state.params, carry, x)
+            return out.carry, Metrics(out.loss, out.aux, jnp.zeros((), bool))
 
         carry = state.tape.carry if carry is None else carry
-        return lax_scan(one, as_strong_arrays(carry, "carry"), as_strong_arrays(xs, "xs"))
+        return lax_scan(body, as_strong_arrays(carry, "carry"), as_strong_arrays(xs, "xs"))
 
     def run(
         self,
@@ -144,81 +197,150 @@ class Learner:
     ) -> LearnerState:
         """Trains on a stream that need not end, nor fit in memory.
 
-        Inputs are stacked into blocks on the host; each block is one call of a compiled
-        `lax.scan`, the state donated. While it runs the next one is read (where JAX
-        dispatches asynchronously). Equal learners share what is compiled, and it goes with them.
+        Inputs are stacked into blocks on the host. Each block is one call of a compiled
+        `lax.scan`, to which the state is donated. Where JAX dispatches asynchronously the next
+        block is read while one runs. Equal learners share what is compiled, and it is freed
+        with the last of them.
 
         Args:
             state: the state to start from. It is donated: go on with what is returned.
             xs: an iterable of single inputs, one for each time step.
             block: how many steps run in one call; a last block may be shorter.
             callback: called after each block as `callback(state, metrics)`, with metrics of
-                shape (steps, ...). What it keeps of the state it must copy, as a checkpoint
-                does, for the next block writes over it. If it returns something true (as some
-                libraries' save does) the run ends; inputs read ahead, at most a block, are
-                then left out.
+                shape (steps, ...). The next block overwrites the state, so the callback must
+                copy what it keeps of it, as a checkpoint does. If it returns something true
+                (as some libraries' save does) the run ends; inputs read ahead, at most a
+                block, are then left out.
             progress: True, or a description, for a progress bar (needs tqdm).
 
         Returns:
             The state after the last step. Nothing else is kept, however long the stream.
 
         Raises:
-            ImportError: there is no tqdm for the progress bar.
-            ValueError: `state`, `xs` or `block` is something else, or an x is not of the type
-                given to `init`.
+            ImportError: a progress bar is asked for, and tqdm is not installed.
+            ValueError: `state` is not a `LearnerState`, `xs` not iterable or `block` not an int
+                of at least 1; or an x is not of the type given to `init`.
 
         Note:
-            Whatever ends a run before its time, an exception from xs, a fault in an x, or
-            Ctrl-C, leaves the newest state behind: as `error.state`, with all inputs
-            before a fault done, and after Ctrl-C with all blocks that were begun.
-            `int(state.step)` is where to go on in the data.
+            Whatever ends a run early (an exception from xs or from the callback, a fault in
+            an x, Ctrl-C) carries the newest state as `error.state`. All inputs before a fault
+            have then been trained on, and after Ctrl-C all blocks that were dispatched.
+            `int(state.step)` is the position in the data to go on from. Only a block that
+            itself raises (out of memory, `jax_debug_nans`) takes the state with it.
+
+        Cost:
+            Beside the updates, one state in memory and at most two blocks of inputs.
         """
         check_state(state)
-        return _stream.run(self._compiled.run_block, state, xs, block, callback, progress)
+        return run_stream(self._compiled.for_block, state, xs, block, callback, progress)
 
     @functools.cached_property
     def _compiled(self) -> "_Compiled":
-        """What equal learners share, as long as there is one of them."""
+        """The compiled loop that equal learners share, as long as there is one of them."""
         try:
             number = hash(self)
-        except TypeError:  # a step, a loss or an optimiser need not be hashable
+        except TypeError:  # steps, losses and optimisers need not be hashable
             return _Compiled(self)
         shared = _COMPILED.get(number)
         if shared is None or shared.learner != self:
             shared = _COMPILED[number] = _Compiled(self)
         return shared
 
-    def _plainly(self, params: PyTree, carry: PyTree, x: PyTree) -> tuple:
-        """(carry, y, loss, aux) of one step that is not recorded."""
+    def _step_unrecorded(self, params: PyTree, carry: PyTree, x: PyTree) -> "_Unrecorded":
+        """Runs the step and its loss without a tape."""
         carry, y = self.recorder.step(*own_containers(params, carry, x))
-        carry, y = (
-            as_strong_arrays(carry, "carry", blame="step"),
-            as_strong_arrays(y, "y", blame="step"),
-        )
-        return carry, y, *_objective.evaluate(self.loss, y, x)
+        carry = as_strong_arrays(carry, "carry", blame="step")
+        y = as_strong_arrays(y, "y", blame="step")
+        return _Unrecorded(carry, y, *evaluate_loss(self.loss, y, x))
+
+    def _gradient(self, params: PyTree, tape: Tape, y: PyTree, ct_ys: list) -> PyTree:
+        """The direction of steepest ascent of the loss of a group, for `trainable` leaves.
+
+        Args:
+            params: the parameters.
+            tape: the tape, at the end of the group.
+            y: the output of the newest step; its structure is read, and the types of its leaves.
+            ct_ys: the group's ȳ, a list over the differentiable leaves of y, each
+                (rows, *y.shape).
+        """
+        mask = tuple(leaf.differentiable for leaf in type_of(y).leaves)
+        rows = with_float0(mask, ct_ys, y, (pending_rows(tape),))
+        ct = trainable(self.recorder.pullback(params, tape, rows).params)
+        # Where parameters are complex, a cotangent is the conjugate of that direction.
+        return jax.tree.map(lambda v: jnp.conj(v) if jnp.iscomplexobj(v) else v, ct)
+
+    def _apply_gradient(
+        self, grads: PyTree, state: LearnerState, loss: jax.Array, finite: jax.Array | None
+    ) -> "_Updated":
+        """Steps the optimiser; where `finite` is a flag, only if that and the gradient allow it."""
+
+        def step() -> tuple[PyTree, PyTree]:
+            return step_optimizer(self.optimizer, grads, state.opt_state, state.params, loss)
+
+        if finite is None:
+            params, opt_state = step()
+            return _Updated(params, opt_state, jnp.ones((), bool), None)
+        finite = finite & _all_finite(grads)
+        params, opt_state = lax.cond(finite, step, lambda: (state.params, state.opt_state))
+        return _Updated(params, opt_state, finite, finite)
+
+
+class _Unrecorded(NamedTuple):
+    """What a step gives that is not recorded: arrays, or their structs."""
+
+    carry: PyTree
+    y: PyTree
+    loss: jax.Array
+    aux: PyTree
+
+
+class _Updated(NamedTuple):
+    """What an update leaves.
+
+    Attributes:
+        params: the parameters.
+        opt_state: the optimiser's state.
+        updated: bool scalar, whether the optimiser was stepped.
+        finite: bool scalar, whether no NaN or infinity was met; None where nobody asked.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    updated: jax.Array
+    finite: jax.Array | None
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    """Whether no floating or complex leaf has a NaN or an infinity."""
+    leaves = jax.tree.leaves(trainable(tree))
+    return jnp.all(jnp.array([True, *(jnp.all(jnp.isfinite(leaf)) for leaf in leaves)]))
 
 
 class _Compiled:
-    """The compiled runs of equal learners, held by these alone.
+    """The compiled loop of equal learners, referred to by these alone.
 
-    In a cache of JAX's, with a learner for a key, they would keep all alive that its step closes
-    over: a sweep would grow without end.
+    In a cache of JAX's with learners as keys, it would keep alive all that their steps close
+    over, and the memory of a sweep over learners would grow without end.
     """
 
     def __init__(self, learner: Learner):
         self.learner = learner
         update = learner.update
-        self._run = jax.jit(
+        self._loop = jax.jit(
             lambda steps, state, xs: lax_scan(update, state, xs, length=steps),
             static_argnums=0,
             donate_argnums=1,
         )
+        self._lengths: set[int] = set()  # that it has been compiled for
 
-    def run_block(
-        self, steps: int, state: LearnerState, xs: PyTree
-    ) -> tuple[LearnerState, Metrics]:
-        """So many updates in one call; the state is donated."""
-        return self._run(steps, state, xs)
+    def for_block(self, steps: int, state: LearnerState, xs: PyTree) -> RunBlock:
+        """Compiles the loop over so many steps, and returns a function that runs it."""
+        jit_disabled = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+        if steps not in self._lengths and not jit_disabled:
+            # jit keeps what is compiled here, and the call finds it.
+            self._loop.lower(steps, state, xs).compile()
+            self._lengths.add(steps)
+        return functools.partial(self._loop, steps)
 
 
 _COMPILED: weakref.WeakValueDictionary[int, _Compiled] = weakref.WeakValueDictionary()
@@ -227,7 +349,7 @@ _COMPILED: weakref.WeakValueDictionary[int, _Compiled] = weakref.WeakValueDictio
 def learner(
     step: StepFn,
     loss: Callable[[PyTree, PyTree], Any],
-    optimizer: _optimizer.Optimizer,
+    optimizer: Optimizer,
     *,
     window: PyTree,
     every: int = 1,
@@ -243,40 +365,44 @@ def learner(
         θ ← θ + optimizer.update(θ̄)                                    if m divides t
 
     so θ̄ is the gradient of the sum of a group's m losses, truncated as `record` says. For
-    their mean divide the loss by m. Schedules and all that an optimiser counts count its own
-    steps, not time steps.
+    their mean, divide the loss by m. Schedules, and whatever else an optimiser counts, count
+    the optimiser's steps and not time steps.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, one time step.
         loss: `loss(y, x)`, a floating-point scalar, or a pair `(scalar, aux)`. It takes
-            its target from x, and parameters only by way of y.
-        optimizer: an `optax.GradientTransformation`. It sees None for the leaves of params that
-            no gradient can flow through, and the conjugate gradient of complex ones. If its
-            update takes `value`, it gets the loss, summed over the group.
+            its target from x, and depends on parameters only through y.
+        optimizer: an `optax.GradientTransformation`, or another pair of `init` and `update`.
+            For the leaves of params that no gradient flows through it is given None, and for
+            complex ones the conjugate of what `jax.grad` gives, which points uphill. If its
+            update takes `value`, it is given the loss, summed over the group.
         window: how many steps a gradient reaches back; as in `record`.
         every: after how many steps there are a gradient and an update, m.
-        weights: whose parameters the recorded steps are differentiated at. As in `record`:
-            "stored", those of their time; "current" or "replayed", those of now.
-        on_nonfinite: what follows on a NaN or an infinity in the loss, the new carry or the
-            gradient. "pass": nothing. "clear": the step leaves its trace in the metrics alone.
-            Parameters and optimiser stay, the carry goes back to what entered the step, and the
-            recorded steps and pending cotangents are forgotten. (A carry from which no step
-            is finite then stays; put in another with `Learner.clear`.)
+        weights: at which parameters the recorded steps are differentiated, as in `record`:
+            "stored", those that each step was recorded under; "current" or "replayed", the
+            newest.
+        on_nonfinite: what happens at a NaN or an infinity in the loss, the new carry or the
+            gradient. "pass": nothing. "clear": only the metrics and the step count show that
+            the step happened. Parameters and optimiser stay, the carry goes back to what
+            entered the step, and recorded steps and pending cotangents are cleared. (If no
+            step from that carry is finite, every step is cleared; `Learner.clear` takes
+            another carry.)
 
     Returns:
         A `Learner`: hashable, and equal to one made of the same arguments.
 
     Raises:
-        ValueError: `step` or `loss` is not a function, `optimizer` not an optimiser, or an
-            option not one of its values.
+        ValueError: `step` or `loss` is not a function, `optimizer` has no `init` and `update`,
+            or an option is not one of its values.
 
     Cost:
-        A tape, `window` slots. Between the ends of groups an update costs a forward step.
+        Memory: a tape of `window` slots. Time: an update within a group costs a forward step;
+        one that ends a group also costs `window` pullbacks and a step of the optimiser.
 
     Note:
-        Optimisers that evaluate the loss again (line searches), or keep several copies
-        of the parameters in params (`optax.lookahead`), have no place here. Under `vmap`
-        map a whole run, `init` included: the ends of groups then stay branches.
+        Optimisers that evaluate the loss again (line searches), or that keep several copies
+        of the parameters in params (`optax.lookahead`), don't work here. `vmap` a whole run,
+        `init` included, and not single updates: the ends of groups then stay branches.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, jaxbptt
@@ -291,7 +417,7 @@ def learner(
     """
     rec = record(step, window=window, every=every, weights=weights)
     if not callable(loss):
-        raise _objective.not_a_function(loss)
-    _optimizer.check(optimizer)
+        raise not_a_function(loss)
+    check_optimizer(optimizer)
     _errors.one_of("on_nonfinite", on_nonfinite, ("pass", "clear"))
     return Learner(rec, loss, optimizer, on_nonfinite)

@@ -1,4 +1,4 @@
-"""The loss of one step: its value, what goes along with it, and the cotangent of y it gives."""
+"""The loss of one step: its value, its aux, and the cotangent of y."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,18 +8,16 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
-from jaxbptt._closure.closure import combine, pick
-from jaxbptt._closure.pullbacks import Mask
-from jaxbptt._types import PyTree, type_of
+from jaxbptt._types import PyTree
 
 
-class Judged(NamedTuple):
-    """A step's output, judged by the loss.
+class LossAndCtY(NamedTuple):
+    """What the loss of one step gives.
 
     Attributes:
         loss: a floating-point scalar.
-        aux: what the loss returned beside it, or None.
-        ct_y: ȳ = ∂loss/∂y, a list of the differentiable leaves alone.
+        aux: what the loss returned beside it; None if nothing.
+        ct_y: ȳ = ∂loss/∂y, a list over the differentiable leaves of y.
     """
 
     loss: jax.Array
@@ -27,51 +25,41 @@ class Judged(NamedTuple):
     ct_y: list[jax.Array]
 
 
-def evaluate(loss: Callable, y: PyTree, x: PyTree) -> tuple[jax.Array, PyTree]:
-    """The loss and its aux.
+def evaluate_loss(loss: Callable, y: PyTree, x: PyTree) -> tuple[jax.Array, PyTree]:
+    """Calls the loss, and returns its value and its aux as arrays.
 
     Raises:
-        TypeError: the loss returns something else than a floating-point scalar, alone or
-            first in a pair.
+        TypeError: the loss doesn't return a floating-point scalar, alone or first in a pair.
     """
     returned, aux = loss(y, x), None
     if isinstance(returned, tuple | list) and len(returned) == 2:
         returned, aux = returned
-    alone = jax.tree_util.treedef_is_leaf(jax.tree.structure(returned))
+    # A container or None is refused with the message below, which shows what came.
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(returned))
     try:
-        value = as_strong_arrays(returned, "loss", blame="step") if alone else None
-    except TypeError:  # a message of its own, which knows that it is about the loss
+        value = as_strong_arrays(returned, "loss", blame="step") if is_leaf else None
+    except TypeError:  # the message below says that it is about the loss
         value = None
     if value is None or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
         raise _not_a_loss(returned)
     return value, as_strong_arrays(aux, "aux", blame="step")
 
 
-def judge(loss: Callable, y: PyTree, x: PyTree) -> Judged:
-    """The loss of a canonical y, and its derivative.
+def loss_and_ct_y(loss: Callable, y: PyTree, x: PyTree) -> LossAndCtY:
+    """Calls the loss and differentiates it with respect to y, whose leaves are strong arrays.
 
     Raises:
-        TypeError: as `evaluate`.
+        TypeError: as `evaluate_loss`.
     """
-    leaves, treedef = jax.tree.flatten(y)
-    mask = differentiable(y)
-
-    def of(moving: list) -> tuple[jax.Array, PyTree]:
-        full = combine(mask, moving, pick(mask, leaves, False))
-        return evaluate(loss, jax.tree.unflatten(treedef, full), x)
-
-    value, pull, aux = jax.vjp(of, pick(mask, leaves), has_aux=True)
-    (ct_y,) = pull(jnp.ones_like(value))
-    return Judged(value, aux, ct_y)
-
-
-def differentiable(tree: PyTree) -> Mask:
-    """Of each leaf, whether gradients can flow through it."""
-    return tuple(leaf.differentiable for leaf in type_of(tree).leaves)
+    # allow_int: y may have integers and keys among its leaves. Their cotangents are float0.
+    with_ct = jax.value_and_grad(lambda y: evaluate_loss(loss, y, x), has_aux=True, allow_int=True)
+    (value, aux), ct_y = with_ct(y)
+    cts = [ct for ct in jax.tree.leaves(ct_y) if ct.dtype != jax.dtypes.float0]
+    return LossAndCtY(value, aux, cts)
 
 
 def not_a_function(loss: Any) -> ValueError:
-    """The error for something else where the loss belongs."""
+    """The error for a loss that can't be called."""
     return ValueError(
         "loss must be a function loss(y, x) -> scalar, or -> (scalar, aux), but got "
         f"{_errors.describe(loss)}. Pass it uncalled, e.g. lambda y, x: jnp.mean((y - x[1]) ** 2)."

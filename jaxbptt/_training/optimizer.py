@@ -1,4 +1,4 @@
-"""An optimiser of optax's form: started and stepped, its state kept of one type."""
+"""Starts and steps an optimiser of optax's form, and keeps its state at one type."""
 
 import dataclasses
 import inspect
@@ -15,19 +15,19 @@ OptState: TypeAlias = PyTree
 
 
 class Optimizer(Protocol):
-    """What an `optax.GradientTransformation` is: two functions."""
+    """A pair of functions, as an `optax.GradientTransformation` is."""
 
     @property
     def init(self) -> Any:
-        """`init(params)`: a state."""
+        """`init(params)` returns a state."""
 
     @property
     def update(self) -> Any:
-        """`update(grads, state, params)`: changes to be added to the parameters, and a state."""
+        """`update(grads, state, params)` returns changes to add to params, and a state."""
 
 
-def check(optimizer: Any) -> None:
-    """Refuses something else where the optimiser belongs."""
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses an optimiser without `init` and `update`."""
     if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
         remedy = "Pass one, e.g. optax.adam(1e-3)."
         if callable(optimizer):
@@ -39,43 +39,47 @@ def check(optimizer: Any) -> None:
 
 
 def trainable(tree: PyTree) -> PyTree:
-    """The tree with None where no gradient can flow, which is all that an optimiser sees."""
+    """Replaces the leaves that no gradient flows through by None, as the optimiser sees them."""
     return jax.tree.map(lambda leaf: leaf if leaf_type(leaf).differentiable else None, tree)
 
 
-def start(optimizer: Optimizer, params: PyTree) -> OptState:
-    """The optimiser's first state. It is copied: some keep the parameters themselves."""
+def init_opt_state(optimizer: Optimizer, params: PyTree) -> OptState:
+    """Returns the optimiser's first state, copied: some optimisers keep params in it."""
+    # Strict promotion, if the user has set it, is for the step; optax is not written for it.
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(trainable(params))
     return jax.tree.map(jnp.copy, as_strong_arrays(state, "opt_state", blame="step"))
 
 
-def advance(
-    optimizer: Optimizer, grads: PyTree, state: OptState, params: PyTree, value: jax.Array
+def step_optimizer(
+    optimizer: Optimizer, grads: PyTree, state: OptState, params: PyTree, loss: jax.Array
 ) -> tuple[PyTree, OptState]:
-    """One step of the optimiser: (parameters, state), of the types they had.
+    """Takes one step of the optimiser.
+
+    It does by hand what `optax.with_extra_args_support` and `optax.apply_updates` do: optax
+    need not be installed, and an optimiser need not be of optax's class to take `value`.
 
     Args:
-        optimizer: the optimiser. `value` is passed on if its update takes it.
-        grads: the gradient, of the structure that `trainable` gives.
+        optimizer: the optimiser.
+        grads: the gradient, in the structure that `trainable` gives.
         state: the optimiser's state.
         params: the parameters.
-        value: the loss that the gradient belongs to.
+        loss: the loss that the gradient belongs to, passed on as `value` if its update takes it.
+
+    Returns:
+        New parameters and a new state, of the types of the old ones.
 
     Raises:
         TypeError: the optimiser returns changes or a state of another type.
     """
-    extra = {"value": value} if _takes_value(optimizer.update) else {}
-    # Of its integer counts and float schedules optax makes products, which strict
-    # promotion would refuse.
+    extra = {"value": loss} if _takes_value(optimizer.update) else {}
+    # optax multiplies integer counts and float schedules, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
         changes, new_state = optimizer.update(grads, state, trainable(params), **extra)
-        changes, new_state = (
-            as_strong_arrays(changes, "changes", blame="step"),
-            as_strong_arrays(new_state, "opt_state", blame="step"),
-        )
+        changes = as_strong_arrays(changes, "changes", blame="step")
+        new_state = as_strong_arrays(new_state, "opt_state", blame="step")
         _check_changes(grads, changes)
-        new_params = _moved(params, changes)
+        new_params = apply_updates(params, changes)
     _errors.same_type(
         "optimizer must return a state of the type it was given",
         "opt_state",
@@ -88,37 +92,38 @@ def advance(
     return new_params, new_state
 
 
-def _moved(params: PyTree, changes: PyTree) -> PyTree:
-    rest = iter(jax.tree.leaves(changes))
-    return jax.tree.map(
-        lambda leaf: (
-            (leaf + next(rest)).astype(leaf.dtype) if leaf_type(leaf).differentiable else leaf
-        ),
-        params,
-    )
+def apply_updates(params: PyTree, changes: PyTree) -> PyTree:
+    """Adds changes to params, whose dtypes stay; a change of None leaves a leaf as it is."""
+
+    def add(leaf: jax.Array, change: jax.Array | None) -> jax.Array:
+        # As optax does: the sum may be wider than a half-precision parameter.
+        return leaf if change is None else (leaf + change).astype(leaf.dtype)
+
+    return jax.tree.map(add, params, changes)
 
 
 def _takes_value(update: Any) -> bool:
     try:
         parameters = inspect.signature(update).parameters
-    except (TypeError, ValueError):  # it has no signature to read
+    except (TypeError, ValueError):  # some callables have no signature
         return False
     var = inspect.Parameter.VAR_KEYWORD
     return "value" in parameters or any(p.kind == var for p in parameters.values())
 
 
 def _check_changes(grads: PyTree, changes: PyTree) -> None:
-    """Refuses changes of another structure or shape; of another dtype they may be."""
-    wanted, came = type_of(grads), type_of(changes)
-    if len(wanted.leaves) == len(came.leaves):
-        pairs = zip(wanted.leaves, came.leaves, strict=True)
-        leaves = tuple(dataclasses.replace(c, dtype=w.dtype) for w, c in pairs)
-        came = TreeType(came.treedef, leaves)
+    """Refuses changes of another structure or shape than the gradient's; dtypes may differ."""
+    expected, got = type_of(grads), type_of(changes)
+    # The comparison is of dtypes too, so the changes are given those of the gradient.
+    if len(expected.leaves) == len(got.leaves):
+        pairs = zip(expected.leaves, got.leaves, strict=True)
+        leaves = tuple(dataclasses.replace(g, dtype=e.dtype) for e, g in pairs)
+        got = TreeType(got.treedef, leaves)
     _errors.same_type(
         "optimizer must return a change for each parameter, in the structure of the gradient",
         "changes",
-        wanted,
-        came,
+        expected,
+        got,
         "Take one that maps gradients to changes leaf by leaf.",
         error=TypeError,
     )

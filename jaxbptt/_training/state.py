@@ -1,4 +1,4 @@
-"""What a learner carries from step to step, and how a group's cotangents gather in it."""
+"""The state that a learner carries from step to step, the cotangents of a group among it."""
 
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from jaxbptt._types import LeafType, PyTree
 
 
 class Metrics(NamedTuple):
-    """What an update tells of its step.
+    """What an update reports of its step.
 
     Attributes:
-        loss: floating-point scalar, the loss of this step, before the update.
+        loss: floating-point scalar, the loss of this step under the parameters before the update.
         aux: what the loss returned beside it; None if nothing.
         updated: bool scalar, whether the optimiser was stepped.
     """
@@ -27,42 +27,43 @@ class Metrics(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a group of `every` steps has gathered so far.
+    """The cotangents and the loss of a group of `every` steps, as far as it has come.
 
     Attributes:
-        ct_ys: ȳ of the group's last min(every, window) steps: of each differentiable leaf of
-            y one array (rows, *y.shape), oldest first.
-        loss: the sum of its losses.
+        ct_ys: ȳ of the last min(every, window) steps of the group: for each differentiable leaf
+            of y an array (rows, *y.shape), oldest first.
+        loss: the sum of the group's losses, a scalar.
     """
 
     ct_ys: list[jax.Array]
     loss: jax.Array
 
     @classmethod
-    def blank(cls, tape: Tape, ct_y: list[LeafType], loss: LeafType) -> "Pending":
-        """Nothing gathered yet."""
-        rows = rows_of(tape)
+    def empty(cls, tape: Tape, ct_y: list[LeafType], loss: LeafType) -> "Pending":
+        """Makes room for the cotangents of a group; `ct_y` and `loss` are the types of a step."""
+        # Rows that the window doesn't reach would never be read.
+        rows = pending_rows(tape)
         stacks = [leaf.stacked(rows) for leaf in ct_y]
         return cls([zeros(stack) for stack in stacks], zeros(loss))
 
     def with_step(self, tape: Tape, ct_y: list, loss: jax.Array) -> "Pending":
-        """With the newest step's ȳ and loss; the first of a group overwrites the last group's."""
-        # Steps that a window shorter than the group leaves out go to row 0, until the one
-        # that belongs there overwrites them.
-        row = jnp.maximum(phase_of(tape) - 1 - (settings_of(tape).every - rows_of(tape)), 0)
+        """Adds the newest step on the tape; a group's first step overwrites the last group."""
+        # If the window is shorter than the group, the group's first steps have no row of their
+        # own. They are written to row 0, which a later step overwrites before it is read.
+        row = jnp.maximum(phase_of(tape) - 1 - (settings_of(tape).every - pending_rows(tape)), 0)
         ct_ys = [
             lax.dynamic_update_index_in_dim(stack, ct, row, 0)
             for stack, ct in zip(self.ct_ys, ct_y, strict=True)
         ]
         return Pending(ct_ys, jnp.where(phase_of(tape) == 1, loss, self.loss + loss))
 
-    def forgotten(self) -> "Pending":
-        """The same with nothing in it."""
+    def cleared(self) -> "Pending":
+        """Returns the same with zeros in it."""
         return jax.tree.map(jnp.zeros_like, self)
 
 
 class LearnerState(NamedTuple):
-    """All that a learner carries from step to step: a pytree of fixed types.
+    """All that a learner carries from step to step: a pytree whose types never change.
 
     Attributes:
         params: the parameters.
@@ -79,13 +80,13 @@ class LearnerState(NamedTuple):
     pending: Pending | None
 
 
-def rows_of(tape: Tape) -> int:
-    """How many of a group's outputs have a gradient within the window."""
+def pending_rows(tape: Tape) -> int:
+    """How many steps of a group have outputs that the window reaches."""
     return min(settings_of(tape).every, settings_of(tape).window)
 
 
 def check_state(state: Any) -> None:
-    """Refuses something else where the state belongs."""
+    """Refuses a state that is no `LearnerState`."""
     if not isinstance(state, LearnerState):
         raise ValueError(
             "state must be the LearnerState that init or the last update returned, but got "

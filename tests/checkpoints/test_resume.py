@@ -411,12 +411,42 @@ def test_only_who_writes_removes_what_an_interrupted_save_has_left(tmp_path):
 
 
 def test_what_goes_wrong_in_the_background_is_told(tmp_path):
+    array, said = np.random.default_rng(0).normal(size=4_000_000), ""
+    for i in range(20):
+        folder = tmp_path / str(i)
+        store = jaxbptt.checkpoints(folder, [])
+        store.save(1, array)
+        while folder.exists():  # what is just being written can't be deleted along with the rest
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            store.close()
+        except OSError as error:
+            said = str(error)
+            break
+        # It was written before it was deleted, so that nothing went wrong: once more.
+    assert "the state of step 1 could not be written" in said
+
+
+def test_an_error_of_the_writers_end_does_not_hide_that_of_the_write(tmp_path, monkeypatch):
     store = jaxbptt.checkpoints(tmp_path, [])
-    store.save(1, np.random.default_rng(0).normal(size=4_000_000))
-    while tmp_path.exists():  # what is just being written can't be deleted along with the rest
-        shutil.rmtree(tmp_path, ignore_errors=True)
-    with pytest.raises(OSError, match=r"the state of step 1 could not be written"):
+    store.save(1, PARAMS)
+    store.wait()
+    writer, closed = store._disk._writer, []
+
+    def failing(error):
+        def fail():
+            closed.append(error)
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(writer, "wait_until_finished", failing(ValueError("of the write")))
+    monkeypatch.setattr(writer, "close", failing(FileNotFoundError("of the end")))
+    with pytest.raises(OSError, match=r"step 1 could not be written: of the write\. The"):
         store.close()
+    assert len(closed) == 2
+    monkeypatch.undo()
+    writer.close()
 
 
 def test_a_damaged_checkpoint_is_named_and_another_one_taken(tmp_path):

@@ -49,7 +49,7 @@ def test_it_is_the_same_in_another_process(tmp_path):
         "import conftest, sys\nfrom test_fingerprint import of_zoo\n"
         "for name, said in of_zoo(sys.argv[:0:-1]).items():\n    print(name, said)\n"
     )
-    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests")))
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests", Path(__file__).parent)))
     done = subprocess.run(
         [sys.executable, program, *NAMES],
         capture_output=True,

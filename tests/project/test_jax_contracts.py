@@ -661,6 +661,18 @@ def test_a_buffer_can_be_donated_only_once():
         jax.block_until_ready(add((shared, shared)))
 
 
+def test_a_call_finds_what_was_compiled_ahead(caplog):
+    # So that `Learner.run` compiles before it donates anything.
+    function = jax.jit(lambda n, x: (x + n, x[0]), static_argnums=0, donate_argnums=1)
+    x = jnp.ones(3)
+    with jax.log_compiles():
+        function.lower(5, x).compile()
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        function(5, x)
+    assert "Compiling" not in caplog.text
+
+
 def write(ring, value, slot):
     return lax.dynamic_update_index_in_dim(ring, value, slot, 0)
 
@@ -691,6 +703,21 @@ def test_a_ring_in_a_scan_is_written_and_read_without_a_copy():
     assert not [
         line for line in text.splitlines() if "= f32[1000,300]" in line and " copy(" in line
     ]
+
+
+def test_value_and_grad_takes_leaves_that_are_not_differentiable():
+    # y of a step, as the loss is differentiated with respect to it.
+    y = {"k": jax.random.key(0), "i": jnp.arange(3), "c": jnp.ones(2, jnp.complex64), "n": None}
+    loss = jax.value_and_grad(
+        lambda y: (jnp.sum(y["c"].real), y["i"]), has_aux=True, allow_int=True
+    )
+    (value, aux), ct = loss(y)
+    assert value == 2
+    assert (aux == y["i"]).all()
+    assert ct["k"].dtype == ct["i"].dtype == jax.dtypes.float0
+    assert ct["i"].shape == (3,)
+    assert (ct["c"] == 1).all()
+    assert ct["n"] is None
 
 
 def test_tree_map_takes_none_for_an_empty_container():

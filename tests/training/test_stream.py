@@ -1,5 +1,6 @@
 """The driver: one compiled loop for each block, read ahead, nothing kept, no state lost."""
 
+import functools
 import gc
 import itertools
 import signal
@@ -57,6 +58,16 @@ def want():
     return jax.jit(lambda s: lax.scan(learner.update, s, xs))(begun(learner))
 
 
+def around_each_block(monkeypatch, call):
+    """Has each block run by `call(run, state, xs)`."""
+    for_block = _learner._Compiled.for_block
+    monkeypatch.setattr(
+        _learner._Compiled,
+        "for_block",
+        lambda *args: functools.partial(call, for_block(*args)),
+    )
+
+
 def check_state(state, want):
     oracles.check("stream, state", (state.params, state.tape), (want.params, want.tape), 1e-12)
     assert int(state.step) == int(want.step)
@@ -81,9 +92,8 @@ def test_is_the_loop_that_it_cuts_up(block, want):
 
 
 def test_reads_the_next_block_while_one_is_on_its_way(monkeypatch):
-    events, scan, wait = [], _learner._Compiled.run_block, jax.block_until_ready
-    started = lambda *a: events.append("start") or scan(*a)  # noqa: E731
-    monkeypatch.setattr(_learner._Compiled, "run_block", started)
+    events, wait = [], jax.block_until_ready
+    around_each_block(monkeypatch, lambda run, *args: events.append("start") or run(*args))
     monkeypatch.setattr(jax, "block_until_ready", lambda v: events.append("wait") or wait(v))
 
     def reading():
@@ -232,6 +242,18 @@ def test_inputs_of_all_kinds(x):
         np.testing.assert_allclose(seen[at], metrics.loss, rtol=1e-12)
 
 
+def test_inputs_that_jax_alone_makes_arrays_of():
+    class Reading:
+        def __jax_array__(self):
+            return jnp.asarray(0.5)
+
+    learner = jaxbptt.learner(
+        lambda w, c, x: (w * c + x, c), lambda y, x: y**2, OPTIMIZER, window=2
+    )
+    states = [learner.run(learner.init(0.5, 0.2, 0.5), [x] * 3, block=2) for x in (Reading(), 0.5)]
+    oracles.check("__jax_array__", states[0].params, states[1].params, 0.0)
+
+
 # ---------------------------------------------------------------------- faults
 
 
@@ -301,16 +323,16 @@ def interruptible():
 
 def test_an_interrupt_while_a_block_starts(monkeypatch, want, interruptible):
     """The old state is donated and the new one not there yet."""
-    scan, calls = _learner._Compiled.run_block, []
+    calls = []
 
-    def interrupted(*args):
-        found = scan(*args)
+    def interrupted(run, *args):
+        found = run(*args)
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
         return found
 
-    monkeypatch.setattr(_learner._Compiled, "run_block", interrupted)
+    around_each_block(monkeypatch, interrupted)
     before = signal.getsignal(signal.SIGINT)
     learner, error, told = run_into(KeyboardInterrupt, stream())
     assert told == [4]
@@ -318,16 +340,35 @@ def test_an_interrupt_while_a_block_starts(monkeypatch, want, interruptible):
     check_state(learner.run(error.state, stream(8)), want[0])
 
 
-def test_a_handler_of_ones_own_is_called(monkeypatch, want):
-    scan, came = _learner._Compiled.run_block, []
+def test_an_interrupt_while_a_block_is_compiled(want, interruptible):
+    """It ends the run at once: nothing is donated yet."""
+    pressed = []
 
-    def signalled(*args):
+    def interrupted(*args):
+        if pressed == [False]:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    learner = make(interrupted)
+    state = begun(learner)
+    pressed.append(False)
+    with pytest.raises(KeyboardInterrupt, match="LearnerState after 0 steps") as caught:
+        learner.run(state, stream(), block=T)
+    assert caught.value.state is state
+    check_state(learner.run(state, stream(), block=T), want[0])
+
+
+def test_a_handler_of_ones_own_is_called(monkeypatch, want):
+    came = []
+
+    def signalled(run, *args):
         told = len(came)
         signal.raise_signal(signal.SIGINT)
         assert len(came) == told
-        return scan(*args)
+        return run(*args)
 
-    monkeypatch.setattr(_learner._Compiled, "run_block", signalled)
+    around_each_block(monkeypatch, signalled)
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         learner = make()
