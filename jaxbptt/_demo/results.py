@@ -1,129 +1,192 @@
-"""What the main job looks at after training: held-out bits, gradient by lag, a sample."""
+"""The main job's results: the gradient by lag, a sample, a table, and a picture of the runs."""
 
 import dataclasses
-import math
-from functools import partial
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+import jaxbptt
+from jaxbptt._demo.model import Carry, InputAndTarget, Model, Params, cross_entropy
 from jaxbptt._demo.text import Symbols
-from jaxbptt._demo.train import Carry, Model, Pair, Params, Run
-from jaxbptt._transforms.record import record
-from jaxbptt._transforms.tape import Tape
+from jaxbptt._demo.train import TrainingResult
 
-_POSITIONS = 64  # time steps over which the gradient by lag is averaged, in each stream
+_POSITIONS = 64  # in the held-out text, over which the gradient by lag is averaged
+_TEMPERATURE = 0.7  # below 1, so that a sample has fewer unlikely characters
+# Okabe and Ito's, in the order in which `plot_by_lag` takes them.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73")
+_CAPTION = (
+    "Dots: measured on the held-out tenth of the text. Thin lines: the training text as it is "
+    "read; where they rise and fall together, the text is harder or easier."
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """A run, and what was seen of it on the held-out part (bits per character)."""
+class Evaluation:
+    """One run, and its gradient by lag on held-out text."""
 
-    run: Run
-    before: float
-    after: float
-    norms: npt.NDArray[np.float32]
+    result: TrainingResult
+    norms: jaxbptt.ByLag
 
-    def facts(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        run = self.run
+    @property
+    def label(self) -> str:
+        """The name of the run."""
+        return self.result.config.label
+
+    def bits_after(self, seconds: float) -> float:
+        """Held-out bits per character after so much time, between two measurements if need be."""
+        steps, bits = zip(*self.result.held_out_curve, strict=True)
+        return float(np.interp(seconds * self.result.speed, steps, bits))
+
+    def as_json(self) -> dict[str, Any]:
+        """What `results.json` says of the run."""
+        result = self.result
         return {
-            "window": run.settings.window,
-            "every": run.settings.every,
-            "steps": run.steps,
-            "seconds": run.seconds,
-            "steps_per_second": run.speed,
-            "tape_bytes": run.nbytes,
-            "held_out_bits_before": self.before,
-            "held_out_bits_after": self.after,
-            "curve": run.curve,
-            "gradient_norm_by_lag": self.norms.tolist(),
+            "window": result.config.window,
+            "every": result.config.every,
+            "learning_rate": result.config.learning_rate,
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "steps_per_second": result.speed,
+            "tape_bytes": result.tape_bytes,
+            "held_out_bits_before": result.held_out_curve[0][1],
+            "held_out_bits_after": result.held_out_curve[-1][1],
+            "curve": result.curve,
+            "held_out_curve": result.held_out_curve,
+            "gradient_norm_by_lag": np.asarray(self.norms.carry).tolist(),
         }
 
 
-def look(model: Model, run: Run, held_out: Symbols, lags: int) -> Seen:
-    """Looks at a run, up to `lags` steps back where the held-out streams are that long."""
-    untrained = model.init(run.settings.seed)
-    return Seen(
-        run,
-        held_out_bits(model, untrained, held_out),
-        held_out_bits(model, run.params, held_out),
-        gradient_by_lag(model, run.params, held_out, min(lags, len(held_out) - 1)),
-    )
-
-
-def held_out_bits(model: Model, params: Params, held_out: Symbols) -> float:
-    """Bits per character on held-out streams (steps, streams); the carry flows through."""
-    return float(_mean_loss(model, params, jnp.asarray(held_out))) / math.log(2)
-
-
-def gradient_by_lag(
-    model: Model, params: Params, held_out: Symbols, lags: int
-) -> npt.NDArray[np.float32]:
-    """Mean norm of ∂loss_t/∂x_{t-k} for k = 0 … lags-1, x_s being a one-hot row.
-
-    Read off a tape of `lags` steps at up to 64 held-out positions of each stream.
+def mean_norms_by_lag(model: Model, params: Params, held_out: Symbols, lags: int) -> jaxbptt.ByLag:
+    """The gradient's norms by lag, averaged over up to 64 positions in the held-out text.
 
     Args:
         model: the model.
         params: its parameters, held fixed.
-        held_out: int32 (steps, streams), of more than `lags` steps.
-        lags: how far to look back, however long the window was in training.
+        held_out: (steps, streams).
+        lags: how far to look back, however long the window was in training; less where the
+            text is shorter.
+
+    Returns:
+        The norms of `jaxbptt.gradient_by_lag`, with those of the carry's parts in one.
     """
-    xs = jnp.asarray(held_out[: lags + _POSITIONS])
-    return np.asarray(_norms(model, lags, params, (xs[:-1], xs[1:])))[::-1]
+    lags = min(lags, len(held_out) - 1)
+    streams = jnp.asarray(held_out[: lags + _POSITIONS])
+    return _mean_norms(model, lags, params, (streams[:-1], streams[1:]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mean_norms(model: Model, lags: int, params: Params, xs: InputAndTarget) -> jaxbptt.ByLag:
+    def step(params: Params, carry: Carry, x: InputAndTarget) -> tuple[Carry, jax.Array]:
+        carry, logits = model.step(params, carry, x[0])
+        return carry, cross_entropy(logits, x[1])
+
+    recorder = jaxbptt.record(step, window=lags, weights="current")
+
+    def record_step(tape: jaxbptt.Tape, x: InputAndTarget) -> tuple[jaxbptt.Tape, None]:
+        return recorder(params, tape, x)[0], None
+
+    def measure(tape: jaxbptt.Tape, x: InputAndTarget) -> tuple[jaxbptt.Tape, jaxbptt.ByLag]:
+        tape, _ = record_step(tape, x)
+        norms = jaxbptt.gradient_by_lag(recorder, params, tape, jnp.ones(1, jnp.float32))
+        of_carry = jnp.linalg.norm(jnp.stack(norms.carry), axis=0)
+        return tape, norms._replace(carry=of_carry)
+
+    first_x = jax.tree.map(lambda rows: rows[0], xs)
+    tape = recorder.init(params, model.initial_carry(xs[0].shape[1]), first_x)
+    # The tape is full before the first measurement, so that each lag has as many of them.
+    tape, _ = jax.lax.scan(record_step, tape, jax.tree.map(lambda rows: rows[: lags - 1], xs))
+    _, norms = jax.lax.scan(measure, tape, jax.tree.map(lambda rows: rows[lags - 1 :], xs))
+    return jax.tree.map(lambda rows: rows.mean(0), norms)
 
 
 def sample(model: Model, params: Params, prompt: Symbols, length: int, seed: int) -> Symbols:
-    """`length` characters that the model draws after reading `prompt`, a little sharpened."""
-    given = np.pad(prompt[1:], (0, length), constant_values=-1)
+    """Draws `length` characters from the model after it has read `prompt`."""
 
     @jax.jit
-    def draw(params: Params, given: jax.Array, key: jax.Array) -> jax.Array:
-        def one(
-            state: tuple[Carry, jax.Array], x: Pair
+    def draw(params: Params, prompt: jax.Array, key: jax.Array) -> jax.Array:
+        def read(carry: Carry, symbol: jax.Array) -> tuple[Carry, jax.Array]:
+            return model.step(params, carry, symbol[None])
+
+        def write(
+            state: tuple[Carry, jax.Array], key: jax.Array
         ) -> tuple[tuple[Carry, jax.Array], jax.Array]:
-            carry, logits = model.step(params, *state)
-            drawn = jax.random.categorical(x[1], logits / 0.7).astype(jnp.int32)
-            symbol = jnp.where(x[0] < 0, drawn, x[0])
-            return (carry, symbol), symbol[0]
+            carry, logits = state
+            symbol = jax.random.categorical(key, logits / _TEMPERATURE)
+            return model.step(params, carry, symbol), symbol[0]
 
-        keys = jax.random.split(key, len(given))
-        start = model.carry(1), jnp.asarray(prompt[:1])
-        return jax.lax.scan(one, start, (given, keys))[1][-length:]
+        carry, logits = jax.lax.scan(read, model.initial_carry(1), prompt)
+        return jax.lax.scan(write, (carry, logits[-1]), jax.random.split(key, length))[1]
 
-    return np.asarray(draw(params, jnp.asarray(given), jax.random.key(seed)))
+    return np.asarray(draw(params, jnp.asarray(prompt), jax.random.key(seed)), np.int32)
 
 
-@partial(jax.jit, static_argnums=0)
-def _mean_loss(model: Model, params: Params, held_out: jax.Array) -> jax.Array:
-    _, losses = jax.lax.scan(
-        lambda carry, x: model.loss(params, carry, x),
-        model.carry(held_out.shape[1]),
-        (held_out[:-1], held_out[1:]),
-    )
-    return losses.mean()
+def table(runs: Sequence[Evaluation]) -> str:
+    """The runs side by side, one a column, in plain text."""
+    results = [run.result for run in runs]
+    rows = [
+        ("", [run.label for run in runs]),
+        (
+            "held-out bits per character, before",
+            [f"{result.held_out_curve[0][1]:.3f}" for result in results],
+        ),
+        (
+            "held-out bits per character, after",
+            [f"{result.held_out_curve[-1][1]:.3f}" for result in results],
+        ),
+        ("steps", [f"{result.steps:,}" for result in results]),
+        ("seconds", [f"{result.seconds:.1f}" for result in results]),
+        ("steps per second", [f"{result.speed:,.0f}" for result in results]),
+        ("learning rate", [f"{result.config.learning_rate:.3g}" for result in results]),
+        ("bytes of the tape", [f"{result.tape_bytes:,}" for result in results]),
+    ]
+    if len(runs) > 1:
+        # All have read as many characters, but not for as long; here they have.
+        seconds = min(result.seconds for result in results)
+        bits = [f"{run.bits_after(seconds):.3f}" for run in runs]
+        rows.insert(3, (f"held-out bits, each after {seconds:.1f} s", bits))
+    return "\n".join(f"{name:36}" + "".join(f"{v:>24}" for v in values) for name, values in rows)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _norms(model: Model, lags: int, params: Params, xs: Pair) -> jax.Array:
-    """Mean norms, oldest first, over the steps that have a full tape behind them."""
-    rec = record(model.losses, window=lags, weights="current")
-    streams = xs[0].shape[1]
+def picture(runs: Sequence[Evaluation]) -> Figure:
+    """Learning curves by the step and by the second, and the gradient by lag, of up to three runs.
 
-    def put(tape: Tape, x: Pair) -> tuple[Tape, None]:
-        one_hot = jax.nn.one_hot(x[0], model.symbols, dtype=jnp.float32)
-        return rec(params, tape, (one_hot, x[1]))[0], None
+    The curves are drawn over steps, at which all runs have read as many characters, and
+    over seconds.
+    """
+    # Not by pyplot, which would keep the figure and look for a screen.
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_step, by_second, by_lag = figure.subplots(1, 3)
+    for run, colour in zip(runs, _COLOURS, strict=False):
+        result = run.result
+        by_step.plot(*_columns(result.curve), color=colour, linewidth=0.6, alpha=0.4)
+        steps, bits = _columns(result.held_out_curve)
+        look: Any = {"color": colour, "marker": "o", "markersize": 3.5}
+        by_step.plot(steps, bits, label=f"{run.label}: {bits[-1]:.2f}", **look)
+        by_second.plot(steps / (result.speed or 1), bits, label=run.label, **look)
+        jaxbptt.plot_by_lag(run.norms, ax=by_lag, names=[run.label], params=None, share=None)
+    window = runs[0].result.config.window
+    by_lag.axvline(window - 0.5, color="grey", linestyle=":", label="end of the window")
+    by_step.set(xlabel="steps (characters of each stream)", title="Learning, by the character")
+    by_second.set(xlabel="seconds of training", title="Learning, by the second")
+    by_lag.set(title="How far back gradients reach, on held-out text")
+    # Untrained, a model is so much worse that it would leave no room for the rest.
+    worst = max(bits for run in runs for _, bits in run.result.held_out_curve[1:])
+    for ax in (by_step, by_second):
+        ax.set(ylabel="bits per character")
+        ax.set_ylim(top=1.1 * worst)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in (by_step, by_second, by_lag):
+        ax.legend(frameon=False)
+    figure.supxlabel(_CAPTION, fontsize="small")
+    return figure
 
-    def measure(tape: Tape, x: Pair) -> tuple[Tape, jax.Array]:
-        tape, _ = put(tape, x)
-        ct = rec.pullback(params, tape, jnp.ones((1, streams), jnp.float32))
-        return tape, jnp.linalg.norm(ct.xs[0], axis=2).mean(1)
 
-    blank = jnp.zeros((streams, model.symbols), jnp.float32), jnp.zeros(streams, jnp.int32)
-    tape = rec.init(params, model.carry(streams), blank)
-    tape, _ = jax.lax.scan(put, tape, jax.tree.map(lambda a: a[: lags - 1], xs))
-    return jax.lax.scan(measure, tape, jax.tree.map(lambda a: a[lags - 1 :], xs))[1].mean(0)
+def _columns(curve: Sequence[tuple[int, float]]) -> Any:
+    return np.array(curve, float).reshape(-1, 2).T
