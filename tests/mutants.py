@@ -403,7 +403,7 @@ FAULTS = [Fault(*row) for row in [
     ("the gradient by lag is measured before the tape is full", "_demo/results", "cli",
      "rows[: lags - 1], xs)", "rows[: lags - 2], xs)"),
     ("by the second each run is looked at after its own time", "_demo/results", "cli",
-     "f\"{run.bits_after(seconds):.3f}\"", "f\"{run.bits_after(run.result.seconds):.3f}\""),
+     "run.bits_after(seconds)", "run.bits_after(run.progress.seconds)"),
     ("the picture's window ends a lag too far", "_demo/results", "cli",
      "axvline(window - 0.5,", "axvline(window + 0.5,"),
     ("held-out streams are interleaved", "_demo/text", "cli",

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 
@@ -59,30 +60,30 @@ def _run(options: argparse.Namespace) -> int:
     _say(_description(text, model, config))
     identity = identity_of(dataclasses.asdict(config), text)
     folder = options.out / "checkpoints"
-    checkpoints = JobCheckpoints(folder, options.save_every, identity, _say)
+    checkpoints = JobCheckpoints(folder, options.save_every, identity)
     with _writing_to(options.out):
         if not _begin_or_resume(options, checkpoints):
             return 0
     configs = [config] if options.no_baseline else [config, *_baselines(config)]
-    runs: list[results.Evaluation] = []
+    runs: list[results.RunResult] = []
     with _interrupts() as stop_asked:
         for each in configs:
             if runs and stop_asked():
                 break
-            result = train(
+            progress = train(
                 model, text, each, stop_asked=stop_asked, checkpoints=checkpoints, say=_say
             )
             _say(f"{each.label}: measuring the gradient by lag")
-            lags = 2 * config.window
-            norms = results.mean_norms_by_lag(model, result.params, text.held_out, lags)
-            runs.append(results.Evaluation(result, norms))
-        last = runs[-1].result
-        interrupted = len(runs) < len(configs) or last.steps < last.config.steps
+            params, lags = progress.state.params, 2 * config.window
+            norms = results.mean_norms_by_lag(model, params, text.held_out, lags)
+            runs.append(results.RunResult(each, progress, norms))
+        last = runs[-1]
+        interrupted = len(runs) < len(configs) or last.progress.steps < last.config.steps
         _write_results(options.out, text, model, runs, interrupted)
     if interrupted:
         _say(
-            f"interrupted after {last.steps} of {last.config.steps} steps of {last.config.label}; "
-            "run the same command with --resume to continue"
+            f"interrupted after {last.progress.steps} of {last.config.steps} steps of "
+            f"{last.config.label}; run the same command with --resume to continue"
         )
         return 130
     with _writing_to(options.out):
@@ -184,27 +185,27 @@ _STOPPING = (
 
 
 def _write_results(
-    out: Path, text: Text, model: Model, runs: list[results.Evaluation], interrupted: bool
+    out: Path, text: Text, model: Model, runs: list[results.RunResult], interrupted: bool
 ) -> None:
     """Writes and shows the parameters, the results, a sample of the first run, and the picture."""
-    first = runs[0].result
+    first, params = runs[0].config, runs[0].progress.state.params
     prompt = text.held_out[:_PROMPT, -1]
-    drawn = results.sample(model, first.params, prompt, _SAMPLE, first.config.seed)
-    sample = text.decode(drawn)
+    sample = text.decode(results.sample(model, params, prompt, _SAMPLE, first.seed))
     as_json = {
         "text": text.name,
         "characters": text.characters,
-        "settings": dataclasses.asdict(first.config),
+        "settings": dataclasses.asdict(first),
         "interrupted": interrupted,
         "runs": [run.as_json() for run in runs],
         "sample": sample,
     }
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in params.items()}
     parameters, results_json, curves = (out / name for name in _FILES)
     with _writing_to(out):
-        np.savez(parameters, **{name: np.asarray(v) for name, v in first.params.items()})  # type: ignore[arg-type]
+        np.savez(parameters, **arrays)
         results_json.write_text(json.dumps(as_json, indent=1, allow_nan=False) + "\n")
         results.picture(runs).savefig(curves, dpi=120)
-    _say(f"\n{results.table(runs)}\n\na sample after {first.config.label}:\n{sample}\n")
+    _say(f"\n{results.table(runs)}\n\na sample after {first.label}:\n{sample}\n")
     _say(f"saved in {out}: {', '.join(_FILES)}")
 
 

@@ -65,6 +65,11 @@ class Model:
         carry = self._next_carry(carry, from_input, carry[0] @ params["Wh"])
         return carry, carry[0] @ params["Wy"] + params["by"][None]
 
+    def loss(self, params: Params, carry: Carry, x: InputAndTarget) -> tuple[Carry, jax.Array]:
+        """The next carry, and the mean loss over the streams."""
+        carry, logits = self.step(params, carry, x[0])
+        return carry, cross_entropy(logits, x[1])
+
     def _next_carry(self, carry: Carry, from_input: jax.Array, from_carry: jax.Array) -> Carry:
         h = carry[0]
         if self.cell == "rnn":
@@ -98,9 +103,6 @@ def bits_per_character(model: Model, params: Params, streams: Symbols) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mean_loss(model: Model, params: Params, streams: jax.Array) -> jax.Array:
-    def step(carry: Carry, x: InputAndTarget) -> tuple[Carry, jax.Array]:
-        carry, logits = model.step(params, carry, x[0])
-        return carry, cross_entropy(logits, x[1])
-
+    step = functools.partial(model.loss, params)
     carry = model.initial_carry(streams.shape[1])
     return jax.lax.scan(step, carry, (streams[:-1], streams[1:]))[1].mean()

@@ -12,11 +12,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import jaxbptt
-from jaxbptt._demo.model import Carry, InputAndTarget, Model, Params, cross_entropy
+from jaxbptt._demo.model import Carry, InputAndTarget, Model, Params
+from jaxbptt._demo.saves import TrainingProgress
 from jaxbptt._demo.text import Symbols
-from jaxbptt._demo.train import TrainingResult
+from jaxbptt._demo.train import TrainingConfig
 
-_POSITIONS = 64  # in the held-out text, over which the gradient by lag is averaged
+_POSITIONS = 32  # in the held-out text, over which the gradient by lag is averaged
 _TEMPERATURE = 0.7  # below 1, so that a sample has fewer unlikely characters
 # Okabe and Ito's, in the order in which `plot_by_lag` takes them.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73")
@@ -27,43 +28,39 @@ _CAPTION = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One run, and its gradient by lag on held-out text."""
+class RunResult:
+    """A run that has ended, and its gradient by lag on held-out text."""
 
-    result: TrainingResult
+    config: TrainingConfig
+    progress: TrainingProgress
     norms: jaxbptt.ByLag
-
-    @property
-    def label(self) -> str:
-        """The name of the run."""
-        return self.result.config.label
 
     def bits_after(self, seconds: float) -> float:
         """Held-out bits per character after so much time, between two measurements if need be."""
-        steps, bits = zip(*self.result.held_out_curve, strict=True)
-        return float(np.interp(seconds * self.result.speed, steps, bits))
+        steps, bits = zip(*self.progress.held_out_curve, strict=True)
+        return float(np.interp(seconds * self.progress.speed, steps, bits))
 
     def as_json(self) -> dict[str, Any]:
         """What `results.json` says of the run."""
-        result = self.result
+        config, progress = self.config, self.progress
         return {
-            "window": result.config.window,
-            "every": result.config.every,
-            "learning_rate": result.config.learning_rate,
-            "steps": result.steps,
-            "seconds": result.seconds,
-            "steps_per_second": result.speed,
-            "tape_bytes": result.tape_bytes,
-            "held_out_bits_before": result.held_out_curve[0][1],
-            "held_out_bits_after": result.held_out_curve[-1][1],
-            "curve": result.curve,
-            "held_out_curve": result.held_out_curve,
+            "window": config.window,
+            "every": config.every,
+            "learning_rate": config.learning_rate,
+            "steps": progress.steps,
+            "seconds": progress.seconds,
+            "steps_per_second": progress.speed,
+            "tape_bytes": progress.state.tape.nbytes,
+            "held_out_bits_before": progress.held_out_curve[0][1],
+            "held_out_bits_after": progress.held_out_curve[-1][1],
+            "curve": progress.curve,
+            "held_out_curve": progress.held_out_curve,
             "gradient_norm_by_lag": np.asarray(self.norms.carry).tolist(),
         }
 
 
 def mean_norms_by_lag(model: Model, params: Params, held_out: Symbols, lags: int) -> jaxbptt.ByLag:
-    """The gradient's norms by lag, averaged over up to 64 positions in the held-out text.
+    """The gradient's norms by lag, averaged over up to 32 positions in the held-out text.
 
     Args:
         model: the model.
@@ -82,11 +79,7 @@ def mean_norms_by_lag(model: Model, params: Params, held_out: Symbols, lags: int
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _mean_norms(model: Model, lags: int, params: Params, xs: InputAndTarget) -> jaxbptt.ByLag:
-    def step(params: Params, carry: Carry, x: InputAndTarget) -> tuple[Carry, jax.Array]:
-        carry, logits = model.step(params, carry, x[0])
-        return carry, cross_entropy(logits, x[1])
-
-    recorder = jaxbptt.record(step, window=lags, weights="current")
+    recorder = jaxbptt.record(model.loss, window=lags, weights="current")
 
     def record_step(tape: jaxbptt.Tape, x: InputAndTarget) -> tuple[jaxbptt.Tape, None]:
         return recorder(params, tape, x)[0], None
@@ -109,75 +102,72 @@ def sample(model: Model, params: Params, prompt: Symbols, length: int, seed: int
     """Draws `length` characters from the model after it has read `prompt`."""
 
     @jax.jit
-    def draw(params: Params, prompt: jax.Array, key: jax.Array) -> jax.Array:
+    def draw(params: Params, prompt: jax.Array, noise: jax.Array) -> jax.Array:
         def read(carry: Carry, symbol: jax.Array) -> tuple[Carry, jax.Array]:
             return model.step(params, carry, symbol[None])
 
         def write(
-            state: tuple[Carry, jax.Array], key: jax.Array
+            state: tuple[Carry, jax.Array], noise: jax.Array
         ) -> tuple[tuple[Carry, jax.Array], jax.Array]:
             carry, logits = state
-            symbol = jax.random.categorical(key, logits / _TEMPERATURE)
+            symbol = jnp.argmax(logits / _TEMPERATURE + noise[None], axis=1)
             return model.step(params, carry, symbol), symbol[0]
 
         carry, logits = jax.lax.scan(read, model.initial_carry(1), prompt)
-        return jax.lax.scan(write, (carry, logits[-1]), jax.random.split(key, length))[1]
+        return jax.lax.scan(write, (carry, logits[-1]), noise)[1]
 
-    return np.asarray(draw(params, jnp.asarray(prompt), jax.random.key(seed)), np.int32)
+    # The largest of logits with Gumbel noise is a draw from their softmax. [seed, 1], since the
+    # parameters were drawn with seed.
+    noise = np.random.default_rng([seed, 1]).gumbel(size=(length, model.symbols)).astype(np.float32)
+    return np.asarray(draw(params, jnp.asarray(prompt), jnp.asarray(noise)), np.int32)
 
 
-def table(runs: Sequence[Evaluation]) -> str:
+def table(runs: Sequence[RunResult]) -> str:
     """The runs side by side, one a column, in plain text."""
-    results = [run.result for run in runs]
+    facts = [run.as_json() for run in runs]
     rows = [
-        ("", [run.label for run in runs]),
-        (
-            "held-out bits per character, before",
-            [f"{result.held_out_curve[0][1]:.3f}" for result in results],
-        ),
-        (
-            "held-out bits per character, after",
-            [f"{result.held_out_curve[-1][1]:.3f}" for result in results],
-        ),
-        ("steps", [f"{result.steps:,}" for result in results]),
-        ("seconds", [f"{result.seconds:.1f}" for result in results]),
-        ("steps per second", [f"{result.speed:,.0f}" for result in results]),
-        ("learning rate", [f"{result.config.learning_rate:.3g}" for result in results]),
-        ("bytes of the tape", [f"{result.tape_bytes:,}" for result in results]),
+        ("", [run.config.label for run in runs]),
+        ("held-out bits per character, before", _formatted(facts, "held_out_bits_before", ".3f")),
+        ("held-out bits per character, after", _formatted(facts, "held_out_bits_after", ".3f")),
+        ("steps", _formatted(facts, "steps", ",")),
+        ("seconds", _formatted(facts, "seconds", ".1f")),
+        ("steps per second", _formatted(facts, "steps_per_second", ",.0f")),
+        ("learning rate", _formatted(facts, "learning_rate", ".3g")),
+        ("bytes of the tape", _formatted(facts, "tape_bytes", ",")),
     ]
     if len(runs) > 1:
-        # All have read as many characters, but not for as long; here they have.
-        seconds = min(result.seconds for result in results)
+        # At their ends all have read as many characters, but not for as long; here they have.
+        seconds = min(run.progress.seconds for run in runs)
         bits = [f"{run.bits_after(seconds):.3f}" for run in runs]
         rows.insert(3, (f"held-out bits, each after {seconds:.1f} s", bits))
     return "\n".join(f"{name:36}" + "".join(f"{v:>24}" for v in values) for name, values in rows)
 
 
-def picture(runs: Sequence[Evaluation]) -> Figure:
-    """Learning curves by the step and by the second, and the gradient by lag, of up to three runs.
+def _formatted(facts: list[dict[str, Any]], name: str, how: str) -> list[str]:
+    return [format(each[name], how) for each in facts]
 
-    The curves are drawn over steps, at which all runs have read as many characters, and
-    over seconds.
-    """
+
+def picture(runs: Sequence[RunResult]) -> Figure:
+    """Learning curves by step and by second, and the gradient by lag, of up to three runs."""
     # Not by pyplot, which would keep the figure and look for a screen.
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     by_step, by_second, by_lag = figure.subplots(1, 3)
     for run, colour in zip(runs, _COLOURS, strict=False):
-        result = run.result
-        by_step.plot(*_columns(result.curve), color=colour, linewidth=0.6, alpha=0.4)
-        steps, bits = _columns(result.held_out_curve)
+        label, progress = run.config.label, run.progress
+        by_step.plot(*_columns(progress.curve), color=colour, linewidth=0.6, alpha=0.4)
+        steps, bits = _columns(progress.held_out_curve)
         look: Any = {"color": colour, "marker": "o", "markersize": 3.5}
-        by_step.plot(steps, bits, label=f"{run.label}: {bits[-1]:.2f}", **look)
-        by_second.plot(steps / (result.speed or 1), bits, label=run.label, **look)
-        jaxbptt.plot_by_lag(run.norms, ax=by_lag, names=[run.label], params=None, share=None)
-    window = runs[0].result.config.window
+        by_step.plot(steps, bits, label=f"{label}: {bits[-1]:.2f}", **look)
+        by_second.plot(steps / (progress.speed or 1), bits, label=label, **look)
+        jaxbptt.plot_by_lag(run.norms, ax=by_lag, names=[label], params=None, share=None)
+    window = runs[0].config.window
     by_lag.axvline(window - 0.5, color="grey", linestyle=":", label="end of the window")
     by_step.set(xlabel="steps (characters of each stream)", title="Learning, by the character")
     by_second.set(xlabel="seconds of training", title="Learning, by the second")
     by_lag.set(title="How far back gradients reach, on held-out text")
     # Untrained, a model is so much worse that it would leave no room for the rest.
-    worst = max(bits for run in runs for _, bits in run.result.held_out_curve[1:])
+    worst = max(bits for run in runs for _, bits in run.progress.held_out_curve[1:])
     for ax in (by_step, by_second):
         ax.set(ylabel="bits per character")
         ax.set_ylim(top=1.1 * worst)

@@ -14,7 +14,7 @@ import jaxbptt
 from jaxbptt._demo.text import Text, UsageError
 
 Curve = list[tuple[int, float]]  # (steps done, bits per character)
-Say = Callable[[str], None]
+_CURVES = ("curve", "held_out_curve")
 
 
 @dataclasses.dataclass
@@ -24,8 +24,8 @@ class TrainingProgress:
     Attributes:
         state: what the next step continues from.
         curve: bits per character of each block of text, measured as it was read.
-        held_out_curve: bits per character on held-out text.
-        seconds: the time spent on training.
+        held_out_curve: bits per character on held-out text, from before the first step on.
+        seconds: the time spent on training, without compiling, measuring and saving.
     """
 
     state: jaxbptt.LearnerState
@@ -37,6 +37,11 @@ class TrainingProgress:
     def steps(self) -> int:
         """How many steps are done."""
         return int(self.state.step)
+
+    @property
+    def speed(self) -> float:
+        """Steps per second."""
+        return self.steps / self.seconds if self.seconds else 0.0
 
 
 def identity_of(options: dict[str, Any], text: Text) -> dict[str, Any]:
@@ -57,13 +62,11 @@ class JobCheckpoints:
         folder: where they are: one folder for each run.
         every: how many steps lie between two saves; 0 to save at the end of a run only.
         identity: what must be the same for the job to continue.
-        say: tells the user what could not be restored.
     """
 
     folder: Path
     every: int
     identity: dict[str, Any]
-    say: Say
 
     def begin(self) -> None:
         """Makes the folder for a new job.
@@ -123,7 +126,7 @@ class JobCheckpoints:
             self._write(finished=False, runs=[*runs, run])
         # Two, so that one is left if the newest turns out to be damaged.
         with jaxbptt.checkpoints(folder, learner, keep=2) as store:
-            yield RunCheckpoints(store, self.every, store.latest or 0, self.say)
+            yield RunCheckpoints(store, self.every, store.latest or 0)
 
     def _read(self) -> dict[str, Any]:
         return _read_job(self.folder)
@@ -156,25 +159,24 @@ class RunCheckpoints:
         store: where they are.
         every: how many steps lie between two saves; 0 to save at the end only.
         last: the step of the newest one.
-        say: tells the user what could not be restored.
     """
 
     store: jaxbptt.Checkpoints
     every: int
     last: int
-    say: Say
 
-    def restored(self, start: TrainingProgress) -> TrainingProgress:
+    def restored(self, start: TrainingProgress, say: Callable[[str], None]) -> TrainingProgress:
         """The newest progress, or `start` if nothing was saved.
 
-        Recorded steps that can't be used, as those of another version of JAX, are left out.
+        Recorded steps that can't be used, as those of another version of JAX, are left out;
+        `say` is told so.
         """
         if self.store.latest is None:
             return start
         try:
             state, data = self.store.restore(start.state)
         except ValueError as refusal:
-            self.say(f"{refusal}\nThe recorded steps are left behind, all else goes on.")
+            say(f"{refusal}\nThe recorded steps are left behind, all else goes on.")
             try:
                 state, data = self.store.restore(start.state, clear=True)
             except ValueError as fault:
@@ -191,9 +193,6 @@ class RunCheckpoints:
             data = {name: getattr(progress, name) for name in (*_CURVES, "seconds")}
             self.store.save(steps, progress.state, data)
             self.last = steps
-
-
-_CURVES = ("curve", "held_out_curve")
 
 
 def interrupted_job_in(folder: Path) -> bool:

@@ -20,11 +20,11 @@ from jaxbptt._demo.model import (
     bits_per_character,
     cross_entropy,
 )
-from jaxbptt._demo.saves import Curve, JobCheckpoints, RunCheckpoints, TrainingProgress
+from jaxbptt._demo.saves import JobCheckpoints, RunCheckpoints, TrainingProgress
 from jaxbptt._demo.text import Symbols, Text, UsageError
 
 BLOCK = 50  # steps in one call of compiled code; an interrupt waits for its end
-_MEASUREMENTS = 10  # how often a run is measured on held-out text
+_MEASUREMENTS = 8  # how often a run is measured on held-out text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,38 +47,6 @@ class TrainingConfig:
         return f"window {self.window}" + (f", every {self.every}" if self.every > 1 else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingResult:
-    """What one run has learned.
-
-    Attributes:
-        config: the options of the run.
-        params: the parameters after the last step.
-        curve: bits per character of each block of text, measured as it was read.
-        held_out_curve: bits per character on held-out text, from before the first step to
-            after the last one.
-        seconds: the time spent on training, without compiling, measuring and saving.
-        tape_bytes: the size of the recorded steps.
-    """
-
-    config: TrainingConfig
-    params: Params
-    curve: Curve
-    held_out_curve: Curve
-    seconds: float
-    tape_bytes: int
-
-    @property
-    def steps(self) -> int:
-        """How many steps were done: all of them, or fewer after an interrupt."""
-        return self.held_out_curve[-1][0]
-
-    @property
-    def speed(self) -> float:
-        """Steps per second."""
-        return self.steps / self.seconds if self.seconds else 0.0
-
-
 def train(
     model: Model,
     text: Text,
@@ -87,7 +55,7 @@ def train(
     stop_asked: Callable[[], bool] = lambda: False,
     checkpoints: JobCheckpoints | None = None,
     say: Callable[[str], None] = lambda message: None,
-) -> TrainingResult:
+) -> TrainingProgress:
     """Trains online, step by step through `batch` parallel streams.
 
     Args:
@@ -97,6 +65,9 @@ def train(
         stop_asked: called after each block; the run ends early when it returns True.
         checkpoints: where to continue from and where to save; None for neither.
         say: told what happens while no progress bar moves.
+
+    Returns:
+        The progress, up to the last step or an early end.
 
     Raises:
         UsageError: the loss is no longer finite.
@@ -108,12 +79,13 @@ def train(
         saves = None
         if checkpoints is not None:
             saves = stack.enter_context(checkpoints.of_run(config.label, learner))
-            progress = saves.restored(progress)
+            progress = saves.restored(progress, say)
         remaining = Stream(text.train, config.batch, progress.steps, config.steps)
         _compile(learner, model, config, remaining)
         run = _Run(model, text, config, progress, saves, stop_asked)
         if not progress.held_out_curve:
             run.measure()
+        run.block_began = time.perf_counter()
         learner.run(
             progress.state,
             remaining,
@@ -123,25 +95,20 @@ def train(
         )
     if progress.held_out_curve[-1][0] < progress.steps:
         run.measure()
-    state, curves = progress.state, (progress.curve, progress.held_out_curve)
-    return TrainingResult(config, state.params, *curves, progress.seconds, state.tape.nbytes)
+    return progress
 
 
+@dataclasses.dataclass
 class _Run:
-    """Keeps account of a run: what `Learner.run` calls after each block."""
+    """Keeps account of a run: `Learner.run` calls it after each block."""
 
-    def __init__(
-        self,
-        model: Model,
-        text: Text,
-        config: TrainingConfig,
-        progress: TrainingProgress,
-        saves: RunCheckpoints | None,
-        stop_asked: Callable[[], bool],
-    ) -> None:
-        self.model, self.text, self.config = model, text, config
-        self.progress, self.saves, self.stop_asked = progress, saves, stop_asked
-        self.block_began: float = time.perf_counter()
+    model: Model
+    text: Text
+    config: TrainingConfig
+    progress: TrainingProgress
+    saves: RunCheckpoints | None
+    stop_asked: Callable[[], bool]
+    block_began: float = 0.0
 
     def after_block(self, state: jaxbptt.LearnerState, metrics: jaxbptt.Metrics) -> bool:
         """Notes what a block has brought, and returns True to end the run."""
@@ -174,7 +141,6 @@ class _Run:
         progress = self.progress
         bits = bits_per_character(self.model, progress.state.params, self.text.held_out)
         progress.held_out_curve.append((progress.steps, bits))
-        self.block_began = time.perf_counter()
 
 
 def make_learner(model: Model, config: TrainingConfig) -> jaxbptt.Learner:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +27,12 @@ import jaxbptt
 from jaxbptt._demo import job as demo_job
 from jaxbptt._demo.cli import main, parser
 from jaxbptt._demo.model import GATES, Model, bits_per_character, cross_entropy
-from jaxbptt._demo.results import Evaluation, mean_norms_by_lag, picture, table
+from jaxbptt._demo.results import RunResult, mean_norms_by_lag, picture, table
+from jaxbptt._demo.saves import TrainingProgress
 from jaxbptt._demo.text import Text, UsageError, prepare
 from jaxbptt._demo.train import (
     Stream,
     TrainingConfig,
-    TrainingResult,
     initial_state,
     make_learner,
     tape_bytes,
@@ -109,7 +110,7 @@ def test_results_are_finite_and_complete(kept):
     assert all(math.isfinite(number) for number in numbers_in(facts))
     for each in facts["runs"]:
         assert [at for at, _ in each["curve"]] == [*range(50, 401, 50)]
-        # At the ends of the blocks of 50 that pass a tenth of the steps.
+        # At the ends of the blocks of 50 that pass an eighth of the steps.
         assert [at for at, _ in each["held_out_curve"]] == [0, *range(50, 401, 50)]
         ends = each["held_out_curve"][0][1], each["held_out_curve"][-1][1]
         assert ends == (each["held_out_bits_before"], each["held_out_bits_after"])
@@ -256,7 +257,7 @@ def test_trains_as_a_plain_loop_does():
         params, state, carry, loss = one(params, state, carry, symbols[place], symbols[place + 1])
         bits.append(float(loss))
     for name, leaf in params.items():
-        np.testing.assert_allclose(got.params[name], leaf, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(got.state.params[name], leaf, rtol=1e-4, atol=1e-6)
     assert got.curve == [(6, pytest.approx(np.mean(bits), rel=1e-5))]
 
 
@@ -368,18 +369,19 @@ def test_diverging_is_said():
         train(Model("rnn", 5, 7), TEXT, config)
 
 
-def evaluation(window, rate, *, every=1, steps=100, seconds=1.0, held_out=((0, 4.0), (100, 2.0))):
+def run_result(window, rate, *, every=1, steps=100, seconds=1.0, held_out=((0, 4.0), (100, 2.0))):
     """A run whose gradient shrinks by a rate from lag to lag."""
     config = dataclasses.replace(CONFIG, window=window, every=every, steps=steps)
+    state = types.SimpleNamespace(step=steps, tape=types.SimpleNamespace(nbytes=8))
     curve = [(steps // 2, 3.5), (steps, 2.5)]
-    result = TrainingResult(config, {}, curve, list(held_out), seconds, 8)
+    progress = TrainingProgress(state, curve, list(held_out), seconds)
     norms = jnp.asarray(rate ** np.arange(24), jnp.float32)
-    return Evaluation(result, jaxbptt.ByLag({"w": norms}, norms, {"w": norms}))
+    return RunResult(config, progress, jaxbptt.ByLag({"w": norms}, norms, {"w": norms}))
 
 
 def test_by_the_second_a_run_is_measured_when_the_quickest_ends():
-    slow = evaluation(12, 0.7, seconds=10.0, held_out=[(0, 4.0), (40, 3.0), (100, 2.0)])
-    fast = evaluation(12, 0.7, every=12, seconds=2.0)
+    slow = run_result(12, 0.7, seconds=10.0, held_out=[(0, 4.0), (40, 3.0), (100, 2.0)])
+    fast = run_result(12, 0.7, every=12, seconds=2.0)
     (row,) = [row for row in table([slow, fast]).splitlines() if "each after 2.0 s" in row]
     assert row.split()[-2:] == ["3.500", "2.000"]  # the slow one has done 20 steps by then
     assert "each after" not in table([slow])
@@ -392,17 +394,17 @@ def line_labelled(ax, pattern):
 
 def test_the_picture_has_the_curves_by_step_and_second_and_the_gradient_by_lag():
     runs = [
-        evaluation(12, 0.75, seconds=10.0, held_out=[(0, 6.0), (50, 3.0), (100, 2.0)]),
-        evaluation(1, 0.6, seconds=2.0),
+        run_result(12, 0.75, seconds=10.0, held_out=[(0, 6.0), (50, 3.0), (100, 2.0)]),
+        run_result(1, 0.6, seconds=2.0),
     ]
     by_step, by_second, by_lag = picture(runs).axes
     for each, colour in zip(runs, ("#0072B2", "#D55E00"), strict=True):
-        result, label = each.result, each.label
+        progress, label = each.progress, each.config.label
         curve = line_labelled(by_step, f"{label}: 2.00")
-        np.testing.assert_array_equal(np.column_stack(curve.get_data()), result.held_out_curve)
-        steps, bits = np.transpose(result.held_out_curve)
+        np.testing.assert_array_equal(np.column_stack(curve.get_data()), progress.held_out_curve)
+        steps, bits = np.transpose(progress.held_out_curve)
         curve_by_second = line_labelled(by_second, label)
-        np.testing.assert_allclose(curve_by_second.get_xdata(), steps * result.seconds / 100)
+        np.testing.assert_allclose(curve_by_second.get_xdata(), steps * progress.seconds / 100)
         np.testing.assert_array_equal(curve_by_second.get_ydata(), bits)
         norms = line_labelled(by_lag, rf"{label}  0\.\d+ per step")
         np.testing.assert_array_equal(norms.get_ydata(), each.norms.carry)

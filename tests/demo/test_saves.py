@@ -108,7 +108,7 @@ def test_it_is_saved_after_each_block_that_passes_a_number_of_steps():
         def __init__(self, steps):
             self.steps = steps
 
-    saves = demo_saves.RunCheckpoints(Store(), every=50, last=0, say=print)
+    saves = demo_saves.RunCheckpoints(Store(), every=50, last=0)
     for steps in (30, 60, 90, 130, 150, 170):
         saves.save(At(steps), last=False)
     saves.save(At(170), last=True)
