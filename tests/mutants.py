@@ -398,7 +398,7 @@ FAULTS = [Fault(*row) for row in [
      "optax.scale(1 / every),", "optax.scale(1.0),"),
     ("a stream ends where the text does", "_demo/train", "cli resume_job",
      "following = (position + 1) % n", "following = np.minimum(position + 1, n - 1)"),
-    ("a resumed run measures at steps of its own", "_demo/train", "cli resume_job",
+    ("it is measured after every block", "_demo/train", "cli resume_job",
      "return first < second", "return True"),
     ("the gradient by lag is measured before the tape is full", "_demo/results", "cli",
      "rows[: lags - 1], xs)", "rows[: lags - 2], xs)"),

@@ -30,19 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         for package in ("optax", "matplotlib", "tqdm", "orbax.checkpoint"):
             _check_installed(package)
-        # Imported here, since it imports these packages.
+        # Imported here, since it needs these packages, which are not installed with jaxbptt.
         from jaxbptt._demo.job import run_job
 
         return run_job(options)
     except UsageError as fault:
         return _refuse(str(fault))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        # XLA has no exception of its own for this.
         message = str(error).lower()
         if isinstance(error, MemoryError) or "out of memory" in message or "exhausted" in message:
             return _refuse("the model is too large. Lower --hidden, --batch or --window.")
         raise
-    except KeyboardInterrupt as interrupt:
-        print(f"jaxbptt: interrupted{interrupt}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("jaxbptt: interrupted before anything was saved", file=sys.stderr)
         return 130
 
 
@@ -55,13 +56,14 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
+    # Each default is told, those that argparse would call None or False in words.
     def add(option: str, meaning: str, without_it: str = "%(default)s", **how: Any) -> None:
         parser.add_argument(option, help=f"{meaning} (default: {without_it})", **how)
 
     count = _whole_number(1)
     add("--text", "a UTF-8 text", "Python's own documentation", metavar="FILE")
     add("--window", "how many steps the gradient reaches back", type=count, default=20)
-    add("--every", "how many steps lie between two updates", type=count, default=1)
+    add("--every", "update the parameters every so many steps", type=count, default=1)
     weights = (
         "the parameters at which past steps are differentiated: stored, their own; current, the "
         "newest; replayed, the newest, and the window is run again with them"
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", "the folder for the results", type=_folder, default="runs/text", metavar="DIR")
     no_baseline = "leave out the runs with other windows that the results are compared with"
     add("--no-baseline", no_baseline, "include them", action="store_true")
-    save = "how many steps lie between two checkpoints; 0 to save at an interrupt only"
+    save = "save a checkpoint every so many steps; 0 to save at an interrupt only"
     add("--save-every", save, type=_whole_number(0), default=1000, metavar="STEPS")
     resume = "continue the interrupted job in --out, if there is one"
     add("--resume", resume, "begin a new job", action="store_true")

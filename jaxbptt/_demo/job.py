@@ -35,16 +35,17 @@ def run_job(options: argparse.Namespace) -> int:
 
     Raises:
         UsageError: there is a mistake in an option or in the text.
-        KeyboardInterrupt: with the second Ctrl-C; it says whether there is a job to resume.
     """
     try:
         return _run(options)
     except KeyboardInterrupt:
-        if interrupted_job_in(options.out / "checkpoints"):
-            told = "; run the same command with --resume to continue from the last checkpoint"
-        else:
-            told = " before there was anything to keep"
-        raise KeyboardInterrupt(told) from None
+        # The second Ctrl-C, or one before training began. Checkpoints may be there all the same:
+        # of this job, or of the one that it resumes.
+        if not interrupted_job_in(options.out / "checkpoints"):
+            raise
+        told = "run the same command with --resume to continue from the last checkpoint"
+        print(f"jaxbptt: interrupted; {told}", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -64,6 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     with _writing_to(options.out):
         if not _begin_or_resume(options, checkpoints):
             return 0
+    # The run that was asked for comes first, so that an interrupted job has its results.
     configs = [config] if options.no_baseline else [config, *_baselines(config)]
     runs: list[results.RunResult] = []
     with _interrupts() as stop_asked:
@@ -74,6 +76,7 @@ def _run(options: argparse.Namespace) -> int:
                 model, text, each, stop_asked=stop_asked, checkpoints=checkpoints, say=_say
             )
             _say(f"{each.label}: measuring the gradient by lag")
+            # Twice as far as it was trained to look, to show what the window leaves out.
             params, lags = progress.state.params, 2 * config.window
             norms = results.mean_norms_by_lag(model, params, text.held_out, lags)
             runs.append(results.RunResult(each, progress, norms))
@@ -86,6 +89,7 @@ def _run(options: argparse.Namespace) -> int:
             f"{last.config.label}; run the same command with --resume to continue"
         )
         return 130
+    # Only now, when the results are written: until then the checkpoints are all there is.
     with _writing_to(options.out):
         checkpoints.finish()
     return 0
@@ -169,7 +173,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not printed: the signal may have come in the middle of another print.
-        os.write(2, _STOPPING.encode())
+        with contextlib.suppress(OSError):
+            os.write(2, _STOPPING.encode())
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -180,7 +185,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 _STOPPING = (
     "\njaxbptt: stopping; what there is will be saved, measured and drawn, which takes some "
-    "seconds. Ctrl-C again ends it at once\n"
+    "seconds. Press Ctrl-C again to end at once\n"
 )
 
 
@@ -189,6 +194,7 @@ def _write_results(
 ) -> None:
     """Writes and shows the parameters, the results, a sample of the first run, and the picture."""
     first, params = runs[0].config, runs[0].progress.state.params
+    # From text that it was not trained on, so that what follows can't be known by heart.
     prompt = text.held_out[:_PROMPT, -1]
     sample = text.decode(results.sample(model, params, prompt, _SAMPLE, first.seed))
     as_json = {

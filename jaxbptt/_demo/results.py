@@ -168,9 +168,10 @@ def picture(runs: Sequence[RunResult]) -> Figure:
     by_lag.set(title="How far back gradients reach, on held-out text")
     # Untrained, a model is so much worse that it would leave no room for the rest.
     worst = max(bits for run in runs for _, bits in run.progress.held_out_curve[1:])
+    by_step.set_ylim(top=1.1 * worst)
+    by_second.set_ylim(by_step.get_ylim())
     for ax in (by_step, by_second):
         ax.set(ylabel="bits per character")
-        ax.set_ylim(top=1.1 * worst)
         ax.spines[["top", "right"]].set_visible(False)
     for ax in (by_step, by_second, by_lag):
         ax.legend(frameon=False)

@@ -82,8 +82,8 @@ class JobCheckpoints:
             )
         self._write(finished=False, runs=self._delete(found.get("runs", [])))
 
-    def find(self) -> Literal["interrupted", "finished", "other finished", "none"]:
-        """What there is to resume.
+    def find(self) -> Literal["interrupted", "finished", "none"]:
+        """What there is to resume; a finished job with other options is none.
 
         Raises:
             UsageError: there is an interrupted job with other options.
@@ -94,7 +94,7 @@ class JobCheckpoints:
         if found["finished"]:
             # A job that was killed while it deleted its checkpoints leaves some of them.
             self._delete(found["runs"])
-            return "finished" if found["job"] == self.identity else "other finished"
+            return "finished" if found["job"] == self.identity else "none"
         for option, now in self.identity.items():
             if found["job"].get(option) != now:
                 raise _other_job(self.folder, option, found["job"].get(option), now)

@@ -85,6 +85,7 @@ def prepare(name: str, content: str, *, streams: int, window: int) -> Text:
         raise UsageError(f"the text of {name!r} is the one character {characters!r} over and over.")
     number_of = {character: i for i, character in enumerate(characters)}
     symbols = np.fromiter((number_of[c] for c in content), np.int32, len(content))
+    # Held out is the end and not lines at random, which would tell of their neighbours.
     train, held_out = np.split(symbols, [len(symbols) - len(symbols) // _TENTH])
     steps = len(held_out) // streams
     return Text(name, characters, train, held_out[: steps * streams].reshape(streams, steps).T)

@@ -72,7 +72,7 @@ def train(
     Raises:
         UsageError: the loss is no longer finite.
     """
-    say(f"{config.label}: compiling")
+    say(f"{config.label}: compiling, which takes some seconds")
     learner = make_learner(model, config)
     progress = TrainingProgress(initial_state(learner, model, config))
     with contextlib.ExitStack() as stack:
@@ -83,6 +83,7 @@ def train(
         remaining = Stream(text.train, config.batch, progress.steps, config.steps)
         _compile(learner, model, config, remaining)
         run = _Run(model, text, config, progress, saves, stop_asked)
+        # The curve begins untrained; the checkpoint of a resumed run has its beginning already.
         if not progress.held_out_curve:
             run.measure()
         run.block_began = time.perf_counter()
@@ -93,6 +94,7 @@ def train(
             callback=run.after_block,
             progress=f"{config.label}: bits per character",
         )
+    # After the last save: a resumed run has no measurement where this one was interrupted.
     if progress.held_out_curve[-1][0] < progress.steps:
         run.measure()
     return progress
@@ -146,10 +148,12 @@ class _Run:
 def make_learner(model: Model, config: TrainingConfig) -> jaxbptt.Learner:
     """The learner of a run; its loss is in bits per character."""
     every = config.every
+    # Schedules count updates, not steps.
     updates = max(config.steps // every, 1)
     optimizer = optax.chain(
         # The gradient is that of the sum of a group's losses; this makes it that of their mean.
         optax.scale(1 / every),
+        # Online, single gradients are noisy.
         optax.clip_by_global_norm(1.0),
         optax.adam(optax.cosine_decay_schedule(config.learning_rate, updates)),
     )

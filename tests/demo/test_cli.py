@@ -25,6 +25,7 @@ from harness import PATIENCE, ROOT, environment, grid
 
 import jaxbptt
 from jaxbptt._demo import job as demo_job
+from jaxbptt._demo import train as demo_train
 from jaxbptt._demo.cli import main, parser
 from jaxbptt._demo.model import GATES, Model, bits_per_character, cross_entropy
 from jaxbptt._demo.results import RunResult, mean_norms_by_lag, picture, table
@@ -268,6 +269,14 @@ def test_a_stream_goes_on_at_the_beginning_of_the_text():
     first, second = [2, 3, 4, 5, 6, 0, 1], [5, 6, 0, 1, 2, 3, 4]
     np.testing.assert_array_equal(got[:, 0].T, [first, second])
     np.testing.assert_array_equal(got[:, 1].T, [[*first[1:], 2], [*second[1:], 5]])
+
+
+def test_it_is_measured_where_an_eighth_of_the_run_is_passed():
+    config = dataclasses.replace(CONFIG, steps=810)
+    run = demo_train._Run(None, TEXT, config, None, None, None)
+    ends = [end for end in range(50, 801, 50) if run._is_due(end - 50, end)]
+    assert ends == [150, 250, 350, 450, 550, 650, 750]
+    assert run._is_due(800, 810)
 
 
 def test_the_loss_is_the_mean_over_streams_in_bits():
@@ -592,8 +601,8 @@ def test_a_second_interrupt_does_not_wait(text, tmp_path, monkeypatch, capfd):
     assert main(["--text", str(text), *SMALL, "--steps", "60", "--out", str(tmp_path)]) == 130
     told = capfd.readouterr().err
     assert "jaxbptt: stopping; what there is will be saved" in told
-    assert "Ctrl-C again ends it at once" in told
-    assert told.endswith("jaxbptt: interrupted before there was anything to keep\n")
+    assert "Press Ctrl-C again to end at once" in told
+    assert told.endswith("jaxbptt: interrupted before anything was saved\n")
     assert signal.getsignal(signal.SIGINT) is before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["job.json"]
