@@ -399,7 +399,7 @@ FAULTS = [Fault(*row) for row in [
     ("a stream ends where the text does", "_demo/train", "cli resume_job",
      "following = (position + 1) % n", "following = np.minimum(position + 1, n - 1)"),
     ("it is measured after every block", "_demo/train", "cli resume_job",
-     "return first < second", "return True"),
+     "32 * before < mark * steps <= 32 * after for", "mark <= 32 for"),
     ("the gradient by lag is measured before the tape is full", "_demo/results", "cli",
      "rows[: lags - 1], xs)", "rows[: lags - 2], xs)"),
     ("by the second each run is looked at after its own time", "_demo/results", "cli",

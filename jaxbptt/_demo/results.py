@@ -130,7 +130,7 @@ def table(runs: Sequence[RunResult]) -> str:
         ("held-out bits per character, before", _formatted(facts, "held_out_bits_before", ".3f")),
         ("held-out bits per character, after", _formatted(facts, "held_out_bits_after", ".3f")),
         ("steps", _formatted(facts, "steps", ",")),
-        ("seconds", _formatted(facts, "seconds", ".1f")),
+        ("seconds", _formatted(facts, "seconds", ".2f")),
         ("steps per second", _formatted(facts, "steps_per_second", ",.0f")),
         ("learning rate", _formatted(facts, "learning_rate", ".3g")),
         ("bytes of the tape", _formatted(facts, "tape_bytes", ",")),
@@ -139,7 +139,7 @@ def table(runs: Sequence[RunResult]) -> str:
         # At their ends all have read as many characters, but not for as long; here they have.
         seconds = min(run.progress.seconds for run in runs)
         bits = [f"{run.bits_after(seconds):.3f}" for run in runs]
-        rows.insert(3, (f"held-out bits, each after {seconds:.1f} s", bits))
+        rows.insert(3, (f"held-out bits, each after {seconds:.2f} s", bits))
     return "\n".join(f"{name:36}" + "".join(f"{v:>24}" for v in values) for name, values in rows)
 
 
