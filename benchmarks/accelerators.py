@@ -89,16 +89,13 @@ def few_programs(shape):
 
 def main_job():
     """What `python -m jaxbptt` compiles, as it is without options."""
-    from jaxbptt._demo import options as _demo_options
-    from jaxbptt._demo import train as _demo
+    from jaxbptt._demo import cli, job, model, train
 
-    names = [field.name for field in dataclasses.fields(_demo.Settings)]
-    options = _demo_options.parser().parse_args([])
-    settings = _demo.Settings(**{name: getattr(options, name) for name in names})
-    model = _demo.Model(settings.cell, settings.hidden, symbols=60)
-    online = _demo.online_learner(model, settings)
-    row = jnp.zeros((_demo.BLOCK, settings.batch), jnp.int32)
-    return ways.block(online.update, (row, row)), _demo.begin(online, model, settings)
+    config = job.config_of(cli.parser().parse_args([]))
+    cell = model.Model(config.cell, config.hidden, symbols=60)
+    learner = train.make_learner(cell, config)
+    row = jnp.zeros((train.BLOCK, config.batch), jnp.int32)
+    return ways.block(learner.update, (row, row)), train.initial_state(learner, cell, config)
 
 
 def facts(text, shape):

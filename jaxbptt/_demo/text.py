@@ -1,4 +1,4 @@
-"""The main job's text: read, given numbers, cut into streams; faults in one line each."""
+"""The main job's text: reads it, numbers its characters, and sets a tenth of it aside."""
 
 import dataclasses
 from pathlib import Path
@@ -8,23 +8,22 @@ import numpy.typing as npt
 
 Symbols = npt.NDArray[np.int32]
 
-_HELD_OUT = 10  # the last tenth
+_TENTH = 10
 
 
 class UsageError(Exception):
-    """Something given at the command line that cannot be used, in one sentence."""
+    """A mistake in an option or in the text, told to the user in one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text as numbers.
+    """A text whose characters are numbered.
 
     Attributes:
-        name: where it came from.
-        characters: the different characters in order of their numbers. They are those of the
-            whole text, so that each one in the held-out part has a number.
+        name: where the text came from.
+        characters: the different characters of the whole text, in the order of their numbers.
         train: int32 (n,), the part to train on.
-        held_out: int32 (steps, streams), the last tenth as parallel streams.
+        held_out: int32 (steps, streams), the last tenth of the text, cut into parallel streams.
     """
 
     name: str
@@ -33,15 +32,18 @@ class Text:
     held_out: Symbols
 
     def decode(self, symbols: Symbols) -> str:
-        """The characters with these numbers."""
+        """The text that these numbers stand for."""
         return "".join(self.characters[i] for i in symbols)
 
 
 def read(path: str | None) -> tuple[str, str]:
-    """Name and content of the file, or of the documentation that comes with Python.
+    """Reads a file, or the documentation that comes with Python where path is None.
+
+    Returns:
+        The name of the text, and its content.
 
     Raises:
-        UsageError: there is no such text, or it is not UTF-8.
+        UsageError: the file can't be read, or is not UTF-8.
     """
     if path is None:
         return "pydoc_data.topics", _pydoc_topics()
@@ -57,32 +59,34 @@ def read(path: str | None) -> tuple[str, str]:
 
 
 def prepare(name: str, content: str, *, streams: int, window: int) -> Text:
-    """Gives each character its number and cuts the text in two.
+    """Numbers the characters and sets the last tenth of the text aside.
 
     Args:
         name: where the text came from.
         content: the text.
-        streams: how many streams run in parallel.
-        window: each held-out stream must be longer than this many steps.
+        streams: into how many streams the held-out part is cut.
+        window: how many steps each of these streams must have at least.
 
     Raises:
-        UsageError: the text is empty, too short, or all of one character.
+        UsageError: the text is empty, too short, or has one character only.
     """
     if not content:
         raise UsageError(f"the text of {name!r} is empty.")
-    needed = _HELD_OUT * streams * (window + 2)
+    needed = _TENTH * streams * (window + 2)
     if len(content) < needed:
         raise UsageError(
             f"the text of {name!r} must have {needed:,} characters at least for {streams} streams "
             f"and a window of {window}, but has {len(content):,}. "
             "Lower --batch or --window, or give more text."
         )
+    # Of the whole text, so that each character in the held-out part has a number too.
     characters = "".join(sorted(set(content)))
     if len(characters) == 1:
         raise UsageError(f"the text of {name!r} is the one character {characters!r} over and over.")
-    number = {character: i for i, character in enumerate(characters)}
-    symbols = np.fromiter((number[c] for c in content), np.int32, len(content))
-    train, held_out = np.split(symbols, [len(symbols) - len(symbols) // _HELD_OUT])
+    number_of = {character: i for i, character in enumerate(characters)}
+    symbols = np.fromiter((number_of[c] for c in content), np.int32, len(content))
+    # Held out is the end and not lines at random, which would tell of their neighbours.
+    train, held_out = np.split(symbols, [len(symbols) - len(symbols) // _TENTH])
     steps = len(held_out) // streams
     return Text(name, characters, train, held_out[: steps * streams].reshape(streams, steps).T)
 

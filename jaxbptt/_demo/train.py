@@ -1,4 +1,4 @@
-"""The main job's model and its online training: a gradient and an update at every step."""
+"""The main job's online training, one run of it: a gradient and an update at every step."""
 
 import contextlib
 import dataclasses
@@ -11,22 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxbptt._demo.saves import Progress, Saves
-from jaxbptt._demo.text import Symbols, UsageError
-from jaxbptt._training.learner import Learner, learner
-from jaxbptt._training.state import LearnerState, Metrics
+import jaxbptt
+from jaxbptt._demo.model import (
+    Carry,
+    InputAndTarget,
+    Model,
+    Params,
+    bits_per_character,
+    cross_entropy,
+)
+from jaxbptt._demo.saves import JobCheckpoints, RunCheckpoints, TrainingProgress
+from jaxbptt._demo.text import Symbols, Text, UsageError
 
-Params = dict[str, jax.Array]
-Carry = tuple[jax.Array, ...]  # each (batch, hidden); h first
-Pair = tuple[jax.Array, jax.Array]
-
-CELLS = {"rnn": 1, "gru": 3, "lstm": 4}  # and how many times `hidden` their gates take
 BLOCK = 50  # steps in one call of compiled code; an interrupt waits for its end
+# Where a run is measured on held-out text, in 32nds of its steps: more often while it learns fast.
+_MEASURED_AT = (1, 2, 3, *range(4, 33, 4))
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What one training run is made of."""
+class TrainingConfig:
+    """The options that decide what one run computes."""
 
     cell: str
     hidden: int
@@ -40,196 +44,185 @@ class Settings:
 
     @property
     def label(self) -> str:
-        """The truncation, for people."""
+        """The truncation, which is what tells the runs of a job apart."""
         return f"window {self.window}" + (f", every {self.every}" if self.every > 1 else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A recurrent cell with a softmax over characters on top."""
-
-    cell: str
-    hidden: int
-    symbols: int
-
-    def init(self, seed: int) -> Params:
-        """Parameters drawn at random, float32."""
-        n, gates = self.hidden, CELLS[self.cell] * self.hidden
-        keys = jax.random.split(jax.random.key(seed), 3)
-        b = np.zeros(gates, np.float32)
-        if self.cell == "lstm":
-            b[n : 2 * n] = 1  # an open forget gate
-        return {
-            "Wx": _normal(keys[0], (self.symbols, gates), 0.1),
-            "Wh": _normal(keys[1], (n, gates), n**-0.5),
-            "b": jnp.asarray(b),
-            "Wy": _normal(keys[2], (n, self.symbols), n**-0.5),
-            "by": jnp.zeros(self.symbols, jnp.float32),
-        }
-
-    def carry(self, batch: int) -> Carry:
-        """The carry to start from."""
-        leaves = 2 if self.cell == "lstm" else 1
-        return tuple(jnp.zeros((batch, self.hidden), jnp.float32) for _ in range(leaves))
-
-    def step(self, params: Params, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
-        """The next carry and the logits (batch, symbols) of the next character.
-
-        x is characters' numbers (batch,), or the same as one-hot rows (batch, symbols).
-        """
-        one_hot = jnp.issubdtype(x.dtype, jnp.floating)
-        drive = (x @ params["Wx"] if one_hot else params["Wx"][x]) + params["b"][None]
-        carry = self._next(carry, drive, carry[0] @ params["Wh"])
-        return carry, carry[0] @ params["Wy"] + params["by"][None]
-
-    def losses(self, params: Params, carry: Carry, x: Pair) -> tuple[Carry, jax.Array]:
-        """The next carry and each stream's loss in nats (batch,); x is input and target."""
-        carry, logits = self.step(params, carry, x[0])
-        return carry, cross_entropy(logits, x[1])
-
-    def loss(self, params: Params, carry: Carry, x: Pair) -> tuple[Carry, jax.Array]:
-        """The next carry and the mean loss in nats."""
-        carry, losses = self.losses(params, carry, x)
-        return carry, losses.mean()
-
-    def _next(self, carry: Carry, drive: jax.Array, recurrent: jax.Array) -> Carry:
-        h = carry[0]
-        if self.cell == "rnn":
-            return (jnp.tanh(drive + recurrent),)
-        if self.cell == "gru":
-            r, z, n = jnp.split(drive, 3, axis=1)
-            hr, hz, hn = jnp.split(recurrent, 3, axis=1)
-            r, z = jax.nn.sigmoid(r + hr), jax.nn.sigmoid(z + hz)
-            n = jnp.tanh(n + r * hn)
-            return (n + z * (h - n),)
-        i, f, g, o = jnp.split(drive + recurrent, 4, axis=1)
-        c = jax.nn.sigmoid(f) * carry[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
-        return jax.nn.sigmoid(o) * jnp.tanh(c), c
-
-
-def cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """Each stream's loss in nats (batch,)."""
-    hit = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(logits, axis=1) - hit
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What training left: curve is (steps done, bits per character of the block before)."""
-
-    settings: Settings
-    params: Params
-    curve: list[tuple[int, float]]
-    steps: int
-    seconds: float
-    nbytes: int
-
-    @property
-    def speed(self) -> float:
-        """Steps per second, without the time to compile."""
-        return self.steps / self.seconds if self.steps else 0.0
 
 
 def train(
     model: Model,
-    symbols: Symbols,
-    settings: Settings,
+    text: Text,
+    config: TrainingConfig,
     *,
-    report: Callable[[int, float], None],
-    stopped: Callable[[], bool],
-    saves: Saves | None = None,
-) -> Run:
+    stop_asked: Callable[[], bool] = lambda: False,
+    checkpoints: JobCheckpoints | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> TrainingProgress:
     """Trains online, step by step through `batch` parallel streams.
-
-    Each stream starts at its own place and runs on into the next one's part, so the
-    carry crosses no seam but the text's end.
 
     Args:
         model: the model.
-        symbols: int32 (n,), the text to train on.
-        settings: the settings.
-        report: called after each block with its steps and bits per character.
-        stopped: asked after each block whether to leave off.
-        saves: where to go on from, and to save; None for neither.
+        text: what to train on, and the held-out part to measure on.
+        config: the options.
+        stop_asked: called after each block; the run ends early when it returns True.
+        checkpoints: where to continue from and where to save; None for neither.
+        say: told what happens while no progress bar moves.
+
+    Returns:
+        The progress, up to the last step or an early end.
 
     Raises:
         UsageError: the loss is no longer finite.
     """
-    online = online_learner(model, settings)
-    now = Progress(begin(online, model, settings))
+    say(f"{config.label}: compiling, which takes some seconds")
+    learner = make_learner(model, config)
+    progress = TrainingProgress(initial_state(learner, model, config))
     with contextlib.ExitStack() as stack:
-        saved = saves and stack.enter_context(saves.of_run(settings.label, online))
-        if saved:
-            now = saved.restored(now)
-            if now.curve:
-                report(*now.curve[-1])
-        left = settings.steps - now.steps
-        for steps in {min(BLOCK, left), left % BLOCK}:
-            # Compiled before the clock starts; what these steps learn is thrown away.
-            few = _stream(symbols, settings.batch, 0, steps)
-            online.run(begin(online, model, settings), few, block=BLOCK)
-        clock = time.perf_counter() - now.seconds
-
-        def callback(state: LearnerState, metrics: Metrics) -> bool:
-            bits = float(metrics.aux.mean()) / math.log(2)
-            now.state, now.seconds = state, time.perf_counter() - clock
-            if not math.isfinite(bits):
-                raise UsageError(
-                    f"the loss is not finite after {now.steps} steps of {settings.label}. "
-                    "Lower --learning-rate."
-                )
-            now.curve.append((now.steps, bits))
-            report(len(metrics.loss), bits)
-            last = stopped() or now.steps == settings.steps
-            if saved:
-                saved.save(now, last=last)
-            return last
-
-        stream = _stream(symbols, settings.batch, now.steps, settings.steps)
-        state = online.run(now.state, stream, block=BLOCK, callback=callback)
-    return Run(settings, state.params, now.curve, now.steps, now.seconds, state.tape.nbytes)
+        saves = None
+        if checkpoints is not None:
+            saves = stack.enter_context(checkpoints.of_run(config.label, learner))
+            progress = saves.restored(progress, say)
+        remaining = Stream(text.train, config.batch, progress.steps, config.steps)
+        _compile(learner, model, config, remaining)
+        run = _Run(model, text, config, progress, saves, stop_asked)
+        # The curve begins untrained; the checkpoint of a resumed run has its beginning already.
+        if not progress.held_out_curve:
+            run.measure()
+        run.block_began = time.perf_counter()
+        learner.run(
+            progress.state,
+            remaining,
+            block=BLOCK,
+            callback=run.after_block,
+            progress=f"{config.label}: bits per character",
+        )
+    # After the last save: a resumed run has no measurement where this one was interrupted.
+    if progress.held_out_curve[-1][0] < progress.steps:
+        run.measure()
+    return progress
 
 
-def online_learner(model: Model, settings: Settings) -> Learner:
-    """What trains the model. Its aux is the loss in nats."""
-    every = settings.every
-    rate = optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps // every, 1))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+@dataclasses.dataclass
+class _Run:
+    """Keeps account of a run: `Learner.run` calls it after each block."""
 
-    def step(params: Params, carry: Carry, x: Pair) -> tuple[Carry, jax.Array]:
+    model: Model
+    text: Text
+    config: TrainingConfig
+    progress: TrainingProgress
+    saves: RunCheckpoints | None
+    stop_asked: Callable[[], bool]
+    block_began: float = 0.0
+
+    def after_block(self, state: jaxbptt.LearnerState, metrics: jaxbptt.Metrics) -> bool:
+        """Notes what a block has brought, and returns True to end the run."""
+        progress, config = self.progress, self.config
+        progress.seconds += time.perf_counter() - self.block_began
+        progress.state = state
+        done, bits = progress.steps, float(metrics.loss.mean())
+        if not math.isfinite(bits):
+            raise UsageError(
+                f"the loss is not finite after {done} steps of {config.label}. "
+                "Lower --learning-rate."
+            )
+        progress.curve.append((done, bits))
+        if self._is_due(done - len(metrics.loss), done):
+            self.measure()
+        last = self.stop_asked() or done == config.steps
+        if self.saves:
+            self.saves.save(progress, last=last)
+        # The clock starts anew, so that it counts neither measuring nor saving.
+        self.block_began = time.perf_counter()
+        return last
+
+    def _is_due(self, before: int, after: int) -> bool:
+        # Counted from the first step, so that a resumed run measures at the same steps.
+        steps = self.config.steps
+        return any(32 * before < mark * steps <= 32 * after for mark in _MEASURED_AT)
+
+    def measure(self) -> None:
+        """Adds a point to the curve on held-out text."""
+        progress = self.progress
+        bits = bits_per_character(self.model, progress.state.params, self.text.held_out)
+        progress.held_out_curve.append((progress.steps, bits))
+
+
+def make_learner(model: Model, config: TrainingConfig) -> jaxbptt.Learner:
+    """The learner of a run; its loss is in bits per character."""
+    every = config.every
+    # Schedules count updates, not steps.
+    updates = max(config.steps // every, 1)
+    optimizer = optax.chain(
+        # The gradient is that of the sum of a group's losses; this makes it that of their mean.
+        optax.scale(1 / every),
+        # Online, single gradients are noisy.
+        optax.clip_by_global_norm(1.0),
+        optax.adam(optax.cosine_decay_schedule(config.learning_rate, updates)),
+    )
+
+    def step(params: Params, carry: Carry, x: InputAndTarget) -> tuple[Carry, jax.Array]:
         return model.step(params, carry, x[0])
 
-    def loss(logits: jax.Array, x: Pair) -> Pair:
-        nats = cross_entropy(logits, x[1]).mean()
-        return nats / every, nats  # a group's gradient: the mean over its losses
+    def loss(logits: jax.Array, x: InputAndTarget) -> jax.Array:
+        return cross_entropy(logits, x[1])
 
-    window, weights = settings.window, settings.weights
-    return learner(step, loss, optimizer, window=window, every=every, weights=weights)
-
-
-def begin(online: Learner, model: Model, settings: Settings) -> LearnerState:
-    """The state to start from."""
-    x = jnp.zeros(settings.batch, jnp.int32)
-    return online.init(model.init(settings.seed), model.carry(settings.batch), (x, x))
+    return jaxbptt.learner(
+        step, loss, optimizer, window=config.window, every=every, weights=config.weights
+    )
 
 
-def tape_bytes(model: Model, settings: Settings) -> int:
-    """Bytes of the ring, before anything is allocated."""
-    online = online_learner(model, settings)
-    state: LearnerState = jax.eval_shape(lambda: begin(online, model, settings))
+def initial_state(
+    learner: jaxbptt.Learner, model: Model, config: TrainingConfig
+) -> jaxbptt.LearnerState:
+    """The state before the first step."""
+    x = jnp.zeros(config.batch, jnp.int32)
+    return learner.init(model.init(config.seed), model.initial_carry(config.batch), (x, x))
+
+
+def tape_bytes(model: Model, config: TrainingConfig) -> int:
+    """The size of the recorded steps, found without allocating them."""
+    learner = make_learner(model, config)
+    state: jaxbptt.LearnerState = jax.eval_shape(lambda: initial_state(learner, model, config))
     return state.tape.nbytes
 
 
-def _stream(
-    symbols: Symbols, batch: int, start: int, end: int
-) -> Iterator[tuple[Symbols, Symbols]]:
-    """Characters' numbers and those of the next ones, for each stream its own place."""
-    place = (np.arange(batch) * (len(symbols) // batch) + start) % len(symbols)
-    for _ in range(start, end):
-        following = (place + 1) % len(symbols)
-        yield symbols[place], symbols[following]
-        place = following
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A text read in parallel streams: for each step the characters and the next ones.
+
+    Each stream starts at its own place and runs on into the next one's part, so a carry meets
+    a seam only where the text ends and begins again.
+
+    Attributes:
+        symbols: (n,), the text.
+        batch: the number of streams.
+        start: the first step.
+        stop: the step to stop before.
+    """
+
+    symbols: Symbols
+    batch: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[tuple[Symbols, Symbols]]:
+        n = len(self.symbols)
+        position = (np.arange(self.batch) * (n // self.batch) + self.start) % n
+        for _ in range(len(self)):
+            following = (position + 1) % n
+            yield self.symbols[position], self.symbols[following]
+            position = following
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
-    return scale * jax.random.normal(key, shape, jnp.float32)
+def _compile(
+    learner: jaxbptt.Learner, model: Model, config: TrainingConfig, remaining: Stream
+) -> None:
+    """Compiles what a run needs, so that its clock counts training alone.
+
+    `Learner.run` compiles a program for each length of a block: a full one, and the last.
+    """
+    for steps in {min(BLOCK, len(remaining)), len(remaining) % BLOCK} - {0}:
+        few = dataclasses.replace(remaining, stop=remaining.start + steps)
+        learner.run(initial_state(learner, model, config), few, block=BLOCK)

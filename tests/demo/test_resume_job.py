@@ -15,9 +15,9 @@ import pytest
 from harness import PATIENCE, ROOT, environment
 
 from jaxbptt._checkpoints.manifest import sealed
-from jaxbptt._demo import picture as _demo_picture
-from jaxbptt._demo import train as _demo
+from jaxbptt._demo import job as demo_job
 from jaxbptt._demo.cli import main
+from jaxbptt._demo.train import BLOCK
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -37,7 +37,7 @@ def text(tmp_path_factory):
 def undrawn():
     """Leaves out the picture, a third of a small job's time; other tests look at it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_demo_picture, "picture", lambda done: mock.MagicMock())
+        patch.setattr(demo_job.results, "picture", lambda runs: mock.MagicMock())
         yield
 
 
@@ -69,26 +69,25 @@ def assert_same_results(out, alone):
 
 
 def interrupted_after(steps, monkeypatch, run=0):
-    """From now on a SIGINT comes after so many steps of the job's first or second run."""
-    train, runs = _demo.train, iter(range(9))
+    """From now on a SIGINT comes after so many steps of one of the job's runs."""
+    train, runs = demo_job.train, iter(range(9))
 
-    def interrupted(*arguments, report, **options):
-        done, this = [0], next(runs)
+    def interrupted(*arguments, stop_asked, **options):
+        blocks, this = iter(range(1, 99)), next(runs)
 
-        def counted(more, bits):
-            report(more, bits)
-            done[0] += more
-            if this == run and done[0] == steps:
+        def asked_after_a_block():
+            if this == run and BLOCK * next(blocks) == steps:
                 signal.raise_signal(signal.SIGINT)
+            return stop_asked()
 
-        return train(*arguments, report=counted, **options)
+        return train(*arguments, stop_asked=asked_after_a_block, **options)
 
-    monkeypatch.setattr(_demo, "train", interrupted)
+    monkeypatch.setattr(demo_job, "train", interrupted)
 
 
-@pytest.fixture(scope="module", params=[(0, 150), (1, 200)], ids=str)
+@pytest.fixture(scope="module", params=[(0, 150), (2, 200)], ids=str)
 def left(request, text, tmp_path_factory):
-    """The folder that a job leaves when it is interrupted in one of its two runs."""
+    """The folder that a job leaves when it is interrupted in its first or last run."""
     run, steps = request.param
     out, said = tmp_path_factory.mktemp("left"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):

@@ -10,7 +10,7 @@ pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("matplotlib")
 
-from jaxbptt._demo import saves as _demo_saves
+from jaxbptt._demo import saves as demo_saves
 from jaxbptt._demo.cli import main
 
 SMALL = "--cell rnn --hidden 4 --batch 2 --window 2 --steps 4 --no-baseline --save-every 2".split()
@@ -53,13 +53,13 @@ def test_a_folder_of_others_in_the_place_of_a_run_is_refused(text, tmp_path, cap
 @pytest.mark.exhaustive
 def test_notes_put_among_the_checkpoints_stay(text, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    end = _demo_saves.Saves.finish
+    end = demo_saves.JobCheckpoints.finish
 
     def finish(saves):
         (out / "checkpoints" / "window-2" / "notes").write_text("precious")
         end(saves)
 
-    monkeypatch.setattr(_demo_saves.Saves, "finish", finish)
+    monkeypatch.setattr(demo_saves.JobCheckpoints, "finish", finish)
     assert job(text, out) == 0
     left = [path.name for path in (out / "checkpoints" / "window-2").iterdir()]
     assert left == ["notes"]
@@ -74,7 +74,7 @@ def test_killed_while_it_deletes_a_finished_job_it_is_finished(text, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_demo_saves.shutil, "rmtree", killed)
+        patch.setattr(demo_saves.shutil, "rmtree", killed)
         with contextlib.suppress(KeyboardInterrupt):
             job(text, out)
     assert any((out / "checkpoints").glob("window-2/[0-9]*"))
@@ -103,12 +103,12 @@ def test_it_is_saved_after_each_block_that_passes_a_number_of_steps():
             saved.append(steps)
 
     class At:
-        state, curve, seconds = None, [], 0.0
+        state, curve, held_out_curve, seconds = None, [], [], 0.0
 
         def __init__(self, steps):
             self.steps = steps
 
-    saves = _demo_saves.RunSaves(Store(), every=50, last=0, say=print)
+    saves = demo_saves.RunCheckpoints(Store(), every=50, last=0)
     for steps in (30, 60, 90, 130, 150, 170):
         saves.save(At(steps), last=False)
     saves.save(At(170), last=True)

@@ -279,28 +279,3 @@ def test_what_is_wrong_is_said():
         plot_by_lag(ONE, burn_in=23)
     with pytest.raises(ValueError, match=r"Leave out full=True"):
         plot_by_lag(ONE._replace(params={"w": jnp.ones((24, 3))}))
-
-
-# ---------------------------------------------------------------- the main job
-
-
-def test_the_main_jobs_picture_is_drawn_by_the_same_hand():
-    pytest.importorskip("optax")
-    from jaxbptt._demo.picture import picture
-    from jaxbptt._demo.results import Seen
-    from jaxbptt._demo.train import Run, Settings
-
-    settings = [Settings("gru", 5, 3, window, 1, "stored", 6, 0.01, 0) for window in (12, 1)]
-    norms = np.asarray(geometric(0.75), np.float32), np.asarray(geometric(0.6, reach=9), np.float32)
-    done = [
-        Seen(Run(plan, {}, [(3, 4.0), (6, 3.0)], 6, 0.1, 8), 4.0, 3.0, values)
-        for plan, values in zip(settings, norms, strict=True)
-    ]
-    _, ax = picture(done).axes
-    lines = labelled(ax)
-    first, second = lines["trained with window 12"], lines["trained with window 1"]
-    np.testing.assert_array_equal(first.get_ydata(), norms[0])
-    np.testing.assert_array_equal(second.get_ydata(), np.where(norms[1] > 0, norms[1], np.nan))
-    assert first.get_label().endswith("  0.75 per step")
-    assert list(lines["end of the window"].get_xdata()) == [11.5] * 2
-    assert ax.get_xlim() == (-0.5, 23.5)

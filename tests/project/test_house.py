@@ -64,6 +64,30 @@ def test_a_module_imports_only_from_its_own_wing_and_those_before_it(path):
     assert not [name for name in used - {own} if wing_of(name) >= wing_of(own)]
 
 
+@pytest.mark.parametrize("path", sorted((LIBRARY / "_demo").glob("*.py")), ids=lambda p: p.name)
+def test_the_main_job_is_built_on_public_names_alone(path):
+    nodes = list(ast.walk(parse(LIBRARY / "__init__.py")))
+    (exported,) = (
+        ast.literal_eval(node.value)
+        for node in nodes
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    ours = {name for name in imported(path) if name.split(".")[0] == "jaxbptt"}
+    assert not [
+        name for name in ours if name != "jaxbptt" and not name.startswith("jaxbptt._demo.")
+    ]
+    used = {
+        node.attr
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jaxbptt"
+    }
+    assert used <= set(exported)
+    # Nor what is private in the objects that these names give.
+    private = {node.attr for node in ast.walk(parse(path)) if isinstance(node, ast.Attribute)}
+    own = {node.name for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef)}
+    assert not [name for name in private - own if name.startswith("_") and name != "_replace"]
+
+
 def test_no_module_needs_itself():
     of_name = {
         ".".join(("jaxbptt", *path.relative_to(LIBRARY).parts))[:-3]: path for path in MODULES
