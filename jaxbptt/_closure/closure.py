@@ -170,7 +170,9 @@ class Closure:
     @property
     def indifferent_to_y(self) -> bool:
         """Whether leaving ȳ out saves a pullback nothing but additions."""
-        return self.pullback().heavy == self.pullback(y=False).heavy
+        linear, n = self.layout.linearization, len(self.kinds.carry)
+        y = len(linear.outputs) - n
+        return linear.heavy((True,) * (n + y)) == linear.heavy((True,) * n + (False,) * y)
 
 
 def trace(
@@ -330,7 +332,8 @@ def close(
 
     last = [struct_like(kind) for kind in kinds] if references else tangents
     traced = jax.make_jaxpr(linear)(residuals.structs, last)
-    traced = in_one_piece(traced) if references else traced
+    structs = [*residuals.structs, *last]
+    traced = in_one_piece(traced) if references else without_calls(traced, structs)
     of_lambda = pick(followed.carry, windows) if any(followed.carry) else []
     return Closure(
         closed_over=list(inputs.closed_over),

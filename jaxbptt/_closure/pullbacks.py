@@ -5,7 +5,6 @@ set of outputs that have a cotangent there is a program of its own, in which not
 of what only the others need: of a loss head in the step neither its products nor their operands.
 """
 
-import collections
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from jax.extend import core
 
 from jaxbptt._arrays import struct_like, zeros
 from jaxbptt._closure.contraction import Contraction, divide_pullback
-from jaxbptt._jaxprs.evaluate import Atom, Program, acts, prune, without_calls
+from jaxbptt._jaxprs.evaluate import Atom, Program, acts, needed, prune, variables, without_calls
 from jaxbptt._jaxprs.linearity import is_linear
 from jaxbptt._jaxprs.primitives import HEAVY
 
@@ -77,12 +76,6 @@ class Pullback:
         closed = core.ClosedJaxpr(self.program.jaxpr, self.program.consts)
         return is_linear(closed, self.residuals)
 
-    @property
-    def heavy(self) -> collections.Counter:
-        """How often it calls for more than elementwise work."""
-        names = (eqn.primitive.name for eqn in self.program.jaxpr.eqns)
-        return collections.Counter(name for name in names if name in HEAVY)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linearization:
@@ -102,6 +95,14 @@ class Linearization:
     residuals: int
     outputs: list[Any]
     _pulls: dict[Mask, Program] = dataclasses.field(default_factory=dict)
+
+    def heavy(self, alive: Mask) -> int:
+        """How much more than elementwise work leads to the outputs that are alive."""
+        if self.is_pullback:
+            return len(self.jaxpr.eqns)  # it does all the work in any case
+        outs = [v for v, a in zip(self.jaxpr.outvars, alive, strict=True) if a]
+        eqns = needed(self.jaxpr.eqns, variables(outs))
+        return sum(eqn.primitive.name in HEAVY for eqn in eqns)
 
     def pull(self, consts: list, alive: Mask) -> Program:
         """From residuals and the cotangents that are alive, traced once for each set of these."""

@@ -104,11 +104,10 @@ class Chains:
     def _youngest(self, residuals: list, lam: list, ct_y: list, own: jax.Array) -> list:
         """λ of the chains that have all parts; the step's own takes ȳ in."""
         every = [True] * len(lam)
-        without_y = self.closure.pullback(y=False)
-        if self.pullback.heavy == without_y.heavy:
+        if self.closure.indifferent_to_y:
             of_own = [select(own, v[None]) for v in ct_y]
             return self._pulled(self.pullback, every, residuals, lam, of_own)
-        older = self._pulled(without_y, every, residuals, lam)
+        older = self._pulled(self.closure.pullback(y=False), every, residuals, lam)
         no_lam = [jnp.zeros_like(v[0]) for v in lam]
         present = self._pull(self.pullback, every, residuals, no_lam, ct_y)
         return [v + select(own, u[None]) for v, u in zip(older, present, strict=True)]
