@@ -14,7 +14,8 @@ import jax
 from jax.extend import core
 
 from jaxbptt._arrays import size_in_bytes, struct_like
-from jaxbptt._jaxprs.evaluate import UNKNOWN, bind, drop, interpret, known_rule, prune, variables
+from jaxbptt._jaxprs.evaluate import UNKNOWN, bind, drop, interpret, prune, variables
+from jaxbptt._jaxprs.partial_eval import known_rule
 from jaxbptt._jaxprs.primitives import CHEAP
 
 _MOST = 6  # of them at most for one residual

@@ -1,11 +1,4 @@
-"""Partial evaluation of a jaxpr in which some inputs are a marker instead of an array.
-
-Two questions about a step are answered by reading its jaxpr rather than by
-comparing arrays: which values depend on neither carry nor x (marker UNKNOWN on
-those two), and what remains of a pullback when a cotangent is zero (marker ZERO, `_zero.py`).
-Both walk the equations in order, put the equations of a call (`jit`, `checkpoint`) in
-its place, and leave the rest to a rule.
-"""
+"""Programs, and how their equations are run, inlined and left out."""
 
 import dataclasses
 import functools
@@ -13,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax import lax
 from jax.extend import core
 
 from jaxbptt._arrays import struct_like
-from jaxbptt._compat import bind_params, lax_scan, scan_counts
+from jaxbptt._compat import bind_params
 from jaxbptt._jaxprs.primitives import CALLS
 
 
@@ -190,94 +182,3 @@ def merge(values: Sequence, marks: Sequence) -> list:
 def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence]:
     inner: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())
-
-
-# ------------------------------------------------------------ what is known
-
-
-def known_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """Outputs that depend on an UNKNOWN input are UNKNOWN; loops and branches are split.
-
-    So is what has side effects, or comes of one: what a reference holds is not seen from here.
-    """
-    if acts(eqn):
-        return [UNKNOWN] * len(eqn.outvars)
-    if not any(v is UNKNOWN for v in values):
-        return bind(eqn, values)
-    if eqn.primitive.name == "scan":
-        return _known_scan(eqn, values)
-    if eqn.primitive.name == "cond" and values[0] is not UNKNOWN:
-        return _known_cond(eqn, values)
-    return [UNKNOWN] * len(eqn.outvars)
-
-
-def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    """The part of an inner scan that can run without its unknown inputs.
-
-    A scan over stacked layers is the everyday case: what it keeps of the weights
-    is known although the activations beside it are not.
-    """
-    p = eqn.params
-    body, length = p["jaxpr"], p["length"]
-    n, carries = scan_counts(eqn)
-    m = n + carries
-    consts, init, xs = values[:n], values[n:m], values[m:]
-    if length == 0:
-        return [UNKNOWN] * len(eqn.outvars)
-
-    def trip(carry: list, x: list) -> list[Value]:
-        args = [*consts, *merge(carry, init), *merge(x, xs)]
-        return interpret(body.jaxpr, body.consts, args, known_rule)
-
-    def first(carry: list, xs: list) -> list[Value]:
-        return trip(carry, [lax.index_in_dim(x, 0, keepdims=False) for x in xs])
-
-    # A carry that enters known may leave unknown: start again with it unknown.
-    while True:
-        kinds = _kinds(first, drop(init, init), drop(xs, xs))
-        known = drop(init, init)
-        init = [kinds[i] or v for i, v in enumerate(init)]
-        if len(drop(init, init)) == len(known):
-            break
-    ys_kinds = kinds[len(init) :]
-
-    def known_trip(carry: list, x: list) -> tuple[list, list]:
-        outs = trip(carry, x)
-        return drop(outs[: len(init)], init), drop(outs[len(init) :], ys_kinds)
-
-    last, ys = lax_scan(
-        known_trip,
-        drop(init, init),
-        drop(xs, xs),
-        length=length,
-        reverse=p["reverse"],
-        unroll=p["unroll"],
-    )
-    return merge(last, init) + merge(ys, ys_kinds)
-
-
-def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
-    index, operands = values[0], values[1:]
-
-    def runner(branch: core.ClosedJaxpr) -> Callable[[list], list[Value]]:
-        def run(arrays: list) -> list[Value]:
-            return interpret(branch.jaxpr, branch.consts, merge(arrays, operands), known_rule)
-
-        return run
-
-    runs = [runner(branch) for branch in eqn.params["branches"]]
-    each = [_kinds(run, drop(operands, operands)) for run in runs]
-    kinds = [UNKNOWN if UNKNOWN in kind else None for kind in zip(*each, strict=True)]
-    branches = [lambda arrays, run=run: drop(run(arrays), kinds) for run in runs]
-    return merge(lax.switch(index, branches, drop(operands, operands)), kinds)
-
-
-def _kinds(run: Callable[..., list[Value]], *arrays: Any) -> list[Value]:
-    """For each output of `run` its Marker, or None where it is an array."""
-    kinds: list[Value] = []
-
-    def look(*arrays: Any) -> None:
-        kinds[:] = [v if isinstance(v, Marker) else None for v in run(*arrays)]
-
-    jax.eval_shape(look, *arrays)
-    return kinds

@@ -1,10 +1,10 @@
-"""A loop's body divided by when it runs: for many trips at once before the loop, in it, after it.
+"""Splits a loop body into work done before, inside and after the loop, batched outside it.
 
 A product of few rows with a large matrix takes as long as the matrix takes to be read. In
-a loop it is read at each trip; for many trips at once it is read once. What does not depend
-on the loop's state (a projection of the inputs) can run before the loop, and what the state
-does not need (a loss head, x̄) after it. Only such products are moved, with what belongs to
-them, and only primitives known to be pure and batchable.
+a loop it is read in each iteration; for many iterations at once it is read once. What does
+not depend on the loop's state (a projection of the inputs) can run before the loop, and what the
+state does not need (a loss head, x̄) after it. Only such products are moved, with what belongs
+to them, and only primitives known to be pure and batchable. Compilers call this loop fission.
 """
 
 import dataclasses
@@ -27,115 +27,122 @@ _ROWS = 8  # a product of more rows than this does not wait for its matrix
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
-    """The equations of one trip, and what passes from stage to stage.
+class Fission:
+    """The equations of a loop's body, divided, and what passes from one part to the next.
 
-    The methods take `env`, the values of all variables that are the same at all trips.
+    The methods take `env`, the values of all variables that are the same in all iterations.
     """
 
-    rows: list[Any]  # inputs that differ from trip to trip
-    state: list[Any]  # inputs that the trip before has made
-    now: list[Atom]  # wanted in each trip
-    later: list[Atom]  # wanted of all trips, stacked
+    rows: list[Any]  # inputs that differ from iteration to iteration
+    state: list[Any]  # inputs that the iteration before has made
+    state_outs: list[Atom]  # outputs wanted in each iteration
+    stacked_outs: list[Atom]  # outputs wanted of all iterations, stacked
     before: Eqns
     inside: Eqns
     after: Eqns
-    early: list[Any]  # made before the loop, for the others
-    cut: list[Any]  # known inside, stacked for what comes after
+    hoisted: list[Any]  # made before the loop, for the others
+    saved: list[Any]  # made inside, stacked for what comes after
 
-    def ahead(self, env: Mapping, rows: list, size: int) -> list:
-        """`early` of a block of `size` trips, stacked."""
-        return _together(self.before, env, self.rows, rows, self.early, size)
+    def run_before(self, env: Mapping, rows: list, size: int) -> list:
+        """`hoisted` of a block of `size` iterations, stacked."""
+        return _together(self.before, env, self.rows, rows, self.hoisted, size)
 
-    def trip(self, env: Mapping, state: list, row: list, early: list) -> tuple[list, list]:
-        """`now` and `cut` of one trip."""
-        names, values = [*self.state, *self.rows, *self.early], [*state, *row, *early]
-        return _run(bind_product, self.inside, env, names, values, self.now, self.cut)
+    def run_inside(self, env: Mapping, state: list, row: list, hoisted: list) -> tuple[list, list]:
+        """`state_outs` and `saved` of one iteration."""
+        names, values = [*self.state, *self.rows, *self.hoisted], [*state, *row, *hoisted]
+        return _run(bind_product, self.inside, env, names, values, self.state_outs, self.saved)
 
-    def behind(self, env: Mapping, rows: list, early: list, cut: list, size: int) -> list:
-        """`later` of a block of `size` trips, stacked."""
-        names, values = [*self.rows, *self.early, *self.cut], [*rows, *early, *cut]
-        return _together(self.after, env, names, values, self.later, size)
+    def run_after(self, env: Mapping, rows: list, hoisted: list, saved: list, size: int) -> list:
+        """`stacked_outs` of a block of `size` iterations, stacked."""
+        names, values = [*self.rows, *self.hoisted, *self.saved], [*rows, *hoisted, *saved]
+        return _together(self.after, env, names, values, self.stacked_outs, size)
 
     def temporaries(self, kept: Iterable[Atom]) -> int:
-        """How many bytes one trip adds to what a block holds, without those of `kept`."""
-        held = {*self.early, *self.cut, *variables(self.later)}
+        """How many bytes one iteration adds to what a block holds, without those of `kept`."""
+        held = {*self.hoisted, *self.saved, *variables(self.stacked_outs)}
         scatters = [e for e in (*self.before, *self.after) if e.primitive.name == "scatter-add"]
         held |= _made(scatters)  # what else there is, the compiler makes in passing or in place
         return size_in_bytes(v.aval for v in held - {*self.rows, *variables(kept)})
 
     def rows_read(self) -> int:
-        """How many bytes of the rows of one trip are read outside the loop."""
-        read = {*_read(self.before), *_read(self.after), *variables(self.later)}
+        """How many bytes of the rows of one iteration are read outside the loop."""
+        read = {*_read(self.before), *_read(self.after), *variables(self.stacked_outs)}
         return size_in_bytes(v.aval for v in read.intersection(self.rows))
 
 
 def divide(
     eqns: Sequence[core.JaxprEqn],
-    fixed: Iterable,
+    invariant: Iterable,
     rows: list,
     state: list,
-    now: list[Atom],
-    later: list[Atom],
-) -> Stages:
+    state_outs: list[Atom],
+    stacked_outs: list[Atom],
+) -> Fission:
     """Divides a loop's body.
 
     Args:
-        eqns: what one trip runs, in order.
-        fixed: variables that are the same at all trips.
-        rows: inputs that differ from trip to trip.
-        state: inputs that the trip before has made.
-        now: outputs wanted in each trip.
-        later: outputs wanted of all trips, stacked.
+        eqns: what one iteration runs, in order.
+        invariant: variables that are the same in all iterations.
+        rows: inputs that differ from iteration to iteration.
+        state: inputs that the iteration before has made.
+        state_outs: outputs wanted in each iteration.
+        stacked_outs: outputs wanted of all iterations, stacked.
     """
-    still = set(fixed)
-    same = _reached(eqns, still)  # what could as well run once
-    known = still.union(rows)
-    moving = [e for e in eqns if not e.outvars or not still.issuperset(e.outvars)]
-    before = _before(_reached(moving, known), still)
-    ahead = _made(before)
-    later_on = [e for e in moving if not e.outvars or not ahead.issuperset(e.outvars)]
-    after = _after(later_on, still, now)
-    behind = _made(after)
+    # What could as well run once belongs to none of the three parts, and is made where it is read.
+    constant = set(invariant)
+    once = _reached(eqns, constant)
+    varying = [e for e in eqns if not e.outvars or not constant.issuperset(e.outvars)]
 
-    last = _read(after) + variables(later)
-    cut = [v for v in dict.fromkeys(last) if v not in (still | ahead | behind).union(rows)]
-    inside = [e for e in eqns if e.effects or not (ahead | behind).intersection(e.outvars)]
-    inside = needed(inside, variables(now) + cut, effects=True)
-    read = {*_read(inside), *last, *variables(now)}
-    early = [v for e in before for v in e.outvars if v in read]
-    return Stages(
+    # Before the loop: what needs no state, as far as a product there waits for its matrix.
+    before = _before(_reached(varying, constant.union(rows)), constant)
+    made_before = _made(before)
+    rest = [e for e in varying if not e.outvars or not made_before.issuperset(e.outvars)]
+
+    # After the loop: what the state doesn't need, behind such a product.
+    after = _after(rest, constant, state_outs)
+    made_after = _made(after)
+
+    # Inside: all else that is wanted, and what must be stacked for what comes after.
+    last = _read(after) + variables(stacked_outs)
+    elsewhere = (constant | made_before | made_after).union(rows)
+    saved = [v for v in dict.fromkeys(last) if v not in elsewhere]
+    moved = made_before | made_after
+    inside = [e for e in eqns if e.effects or not moved.intersection(e.outvars)]
+    inside = needed(inside, variables(state_outs) + saved, effects=True)
+    read = {*_read(inside), *last, *variables(state_outs)}
+    hoisted = [v for e in before for v in e.outvars if v in read]
+    return Fission(
         rows=rows,
         state=state,
-        now=now,
-        later=later,
-        before=needed([*same, *before], early),
+        state_outs=state_outs,
+        stacked_outs=stacked_outs,
+        before=needed([*once, *before], hoisted),
         inside=inside,
-        after=needed([*same, *after], variables(later)),
-        early=early,
-        cut=cut,
+        after=needed([*once, *after], variables(stacked_outs)),
+        hoisted=hoisted,
+        saved=saved,
     )
 
 
-def _before(free: Eqns, still: set) -> Eqns:
+def _before(free: Eqns, constant: set) -> Eqns:
     """Of what needs no state, the products that wait and what they need.
 
     What is made of a product stays in the loop, where it costs no memory.
     """
-    return needed(free, _made([e for e in free if _waits(e, still)]))
+    return needed(free, _made([e for e in free if _waits(e, constant)]))
 
 
-def _after(eqns: Eqns, still: set, now: list[Atom]) -> Eqns:
+def _after(eqns: Eqns, constant: set, state_outs: list[Atom]) -> Eqns:
     """Of what the state does not need, the products that wait, and what needs them."""
     late: Eqns = []
-    in_loop = set(variables(now))
+    in_loop = set(variables(state_outs))
     for eqn in reversed(eqns):
         if _movable(eqn) and not in_loop.intersection(eqn.outvars):
             late.append(eqn)
         else:
             in_loop.update(variables(eqn.invars))
     late.reverse()
-    return _downstream([e for e in late if _waits(e, still)], late)
+    return _downstream([e for e in late if _waits(e, constant)], late)
 
 
 def _reached(eqns: Iterable[core.JaxprEqn], known: set) -> Eqns:
@@ -163,15 +170,15 @@ def _movable(eqn: core.JaxprEqn) -> bool:
     return eqn.primitive.name in MOVABLE and not eqn.effects
 
 
-def _waits(eqn: core.JaxprEqn, still: set) -> bool:
-    """Whether a product spends its time waiting for a matrix that is the same at all trips."""
+def _waits(eqn: core.JaxprEqn, constant: set) -> bool:
+    """Whether a product is bound by reading an invariant matrix."""
     if eqn.primitive.name != "dot_general":
         return False
     contract, batch = eqn.params["dimension_numbers"]
-    moving = [i for i, v in enumerate(eqn.invars) if isinstance(v, core.Var) and v not in still]
-    if len(moving) != 1:
+    varying = [i for i, v in enumerate(eqn.invars) if isinstance(v, core.Var) and v not in constant]
+    if len(varying) != 1:
         return False
-    (i,) = moving
+    (i,) = varying
     operand: Any = eqn.invars[i]
     shape = operand.aval.shape
     return math.prod(shape) <= _ROWS * math.prod(shape[axis] for axis in (*contract[i], *batch[i]))
@@ -180,14 +187,14 @@ def _waits(eqn: core.JaxprEqn, still: set) -> bool:
 def _together(
     eqns: Eqns, env: Mapping, names: list, stacks: list, wanted: list[Atom], size: int
 ) -> list:
-    """The values of `wanted` for a block of trips."""
+    """The values of `wanted` for a block of iterations."""
     stacked = dict(zip(names, stacks, strict=True))
     read = [v for v in dict.fromkeys(_read(eqns) + variables(wanted)) if v in stacked]
 
     def one(_: Any, values: list) -> list:
         return _run(bind, eqns, env, read, values, wanted)[0]  # many rows together
 
-    # Where nothing wanted varies there is still a number of trips.
+    # Where nothing wanted varies there is still a number of iterations.
     return jax.vmap(one)(jnp.arange(size), [stacked[v] for v in read]) if wanted else []
 
 

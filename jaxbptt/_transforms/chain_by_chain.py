@@ -16,7 +16,7 @@ from jaxbptt._arrays import where_or_zero
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
-from jaxbptt._jaxprs.blocks import rows
+from jaxbptt._jaxprs.loops import rows
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.window_vjp import (
     Arriving,

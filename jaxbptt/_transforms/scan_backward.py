@@ -16,10 +16,9 @@ from jaxbptt._arrays import size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import Contraction
 from jaxbptt._closure.pullbacks import Mask
-from jaxbptt._jaxprs.blocks import block_of, block_size, in_blocks, rows
 from jaxbptt._jaxprs.evaluate import ZERO, drop, merge, variables
-from jaxbptt._jaxprs.loop_fission import Stages, divide
-from jaxbptt._jaxprs.stacks import scan_stacking
+from jaxbptt._jaxprs.loop_fission import Fission, divide
+from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, rows, scan_stacking
 from jaxbptt._transforms.chain_by_chain import SeparateChains, is_needed, pull_chains
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_chains import Chains, select
@@ -108,7 +107,7 @@ class _Sweep:
     run: RecordedRun
     stacks: list  # of what differs from step to step: recorded residuals, then ȳ
     contraction: Contraction
-    stages: Stages
+    fission: Fission
     env: dict[Any, Any]
     chains: Chains
 
@@ -129,26 +128,28 @@ class _Sweep:
         # λ of a single chain is made in the loop's body; several are pulled back apart from it.
         n = n if single else 0
         now = [*drop(contraction.outs[:n], contraction.outs[:n]), *contraction.summands]
-        later = [*drop(contraction.outs[n:], contraction.outs[n:]), *contraction.operands]
-        stages = divide(contraction.in_loop, env, rows, state, now, later)
+        stacked = [*drop(contraction.outs[n:], contraction.outs[n:]), *contraction.operands]
+        fission = divide(contraction.in_loop, env, rows, state, now, stacked)
         chains = Chains(run.closure, pullback, run.groups, run.invariant)
-        return cls(run, stacks, contraction, stages, env, chains)
+        return cls(run, stacks, contraction, fission, env, chains)
 
     def block(self) -> int:
         """How many steps' operands are stacked before they are contracted."""
         length = self.run.groups.length
         weights = size_in_bytes(v.aval for v in variables(self.contraction.weights))
-        kept = self.stages.later[: len(self.stages.later) - len(self.contraction.operands)]
+        kept = self.fission.stacked_outs[
+            : len(self.fission.stacked_outs) - len(self.contraction.operands)
+        ]
         held, remade = (
             size_in_bytes(self.stacks) + weights,
             self.run.closure.layout.remade_bytes * length,
         )
         return block_size(
             length,
-            self.stages.temporaries(kept),
+            self.fission.temporaries(kept),
             held,
             remade,
-            copied=self.stages.rows_read() + size_in_bytes(v.aval for v in variables(kept)),
+            copied=self.fission.rows_read() + size_in_bytes(v.aval for v in variables(kept)),
             in_parts=weights,
         )
 
@@ -157,39 +158,39 @@ class _Sweep:
         lam, sums, contracted = state
         places = start + jnp.arange(size, dtype=jnp.int32)
         these = block_of(self.stacks, start, size)
-        early = self.stages.ahead(self.env, these, size)
-        (lam, sums), cut = scan_stacking(
+        hoisted = self.fission.run_before(self.env, these, size)
+        (lam, sums), saved = scan_stacking(
             self.one_step,
             (lam, sums),
-            (places, early),
-            [v.aval for v in self.stages.cut],
+            (places, hoisted),
+            [v.aval for v in self.fission.saved],
             size,
             first=48,
             reverse=not self.run.reverse,
         )
-        later = self.stages.behind(self.env, these, early, cut, size)
+        stacked = self.fission.run_after(self.env, these, hoisted, saved, size)
         if self.run.groups.gaps:
-            later = [select(self.run.reached(places), v) for v in later]
-        n = len(later) - len(self.contraction.operands)
-        made = self.contraction.contract(later[n:])
+            stacked = [select(self.run.reached(places), v) for v in stacked]
+        n = len(stacked) - len(self.contraction.operands)
+        made = self.contraction.contract(stacked[n:])
         if contracted is not None:
             made = [total + v for total, v in zip(contracted, made, strict=True)]
         kinds = self.run.closure.kinds.x
         marks = self.contraction.outs[len(self.contraction.outs) - len(kinds) :]
         xs = [
             jnp.broadcast_to(zeros(kind), (size, *kind.shape)) if v is ZERO else v
-            for v, kind in zip(merge(later[:n], marks), kinds, strict=True)
+            for v, kind in zip(merge(stacked[:n], marks), kinds, strict=True)
         ]
         return (lam, sums, made), xs
 
     def one_step(self, state: Any, row: Any) -> tuple[Any, list]:
         """One step backwards."""
-        (lam, sums), (place, early) = state, row
+        (lam, sums), (place, hoisted) = state, row
         groups, step, values = self.run.groups, self.run.step(place), rows(self.stacks, place)
         lam = self.chains.entering(step, lam)
         if self.run.factors is not None:
             lam = [_scale_or_zero(self.run.factors[step - 1], v) for v in lam]
-        outs, cut = self.stages.trip(self.env, self.chains.total(lam), values, early)
+        outs, saved = self.fission.run_inside(self.env, self.chains.total(lam), values, hoisted)
         n = len(outs) - len(self.contraction.summands)
         live = groups.reached(step) if groups.gaps else True
         sums = self.contraction.add(sums, outs[n:], live)
@@ -198,7 +199,7 @@ class _Sweep:
         else:
             older = merge(outs[:n], self.contraction.outs[: len(lam)])
             lam = densify(older, self.run.closure.kinds.carry)
-        return (lam, sums), cut
+        return (lam, sums), saved
 
 
 def _scale_or_zero(factor: jax.Array, value: jax.Array) -> jax.Array:

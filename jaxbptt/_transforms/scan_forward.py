@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 from jaxbptt._arrays import size_in_bytes
 from jaxbptt._closure.closure import Closure
-from jaxbptt._jaxprs.blocks import block_of, block_size, in_blocks
 from jaxbptt._jaxprs.loop_fission import divide
-from jaxbptt._jaxprs.stacks import scan_stacking
+from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, scan_stacking
 
 
 class RunOutputs(NamedTuple):
@@ -37,35 +36,35 @@ def record_run(
     ys = jaxpr.outvars[n : len(closure.layout.outputs.leaves)]
     residuals = [jaxpr.outvars[i] for i in closure.layout.recorded]
     made = [v for v in residuals if v not in row]  # what x itself is, xs already hold
-    stages = divide(jaxpr.eqns, env, row, state, jaxpr.outvars[:n], ys + made)
+    fission = divide(jaxpr.eqns, env, row, state, jaxpr.outvars[:n], ys + made)
 
     out_bytes = size_in_bytes(v.aval for v in ys + made)
     block = block_size(
         length,
-        stages.temporaries(stages.later),
+        fission.temporaries(fission.stacked_outs),
         out_bytes * length + size_in_bytes(closure.kinds.closed_over),
         closure.layout.remade_bytes * length,
-        copied=out_bytes + stages.rows_read(),
+        copied=out_bytes + fission.rows_read(),
     )
 
     def run(carry: list, start: Any, size: int) -> tuple[list, list]:
         x = block_of(xs, start, size)
-        early = stages.ahead(env, x, size)
+        hoisted = fission.run_before(env, x, size)
 
         def trip(carry: list, row: tuple[list, list]) -> tuple[list, list]:
-            return stages.trip(env, carry, *row)
+            return fission.run_inside(env, carry, *row)
 
-        carry, cut = scan_stacking(
+        carry, saved = scan_stacking(
             trip,
             carry,
-            (x, early),
-            [v.aval for v in stages.cut],
+            (x, hoisted),
+            [v.aval for v in fission.saved],
             size,
             first=0,
             reverse=reverse,
             unroll=max(1, min(unroll, size)),
         )
-        return carry, stages.behind(env, x, early, cut, size)
+        return carry, fission.run_after(env, x, hoisted, saved, size)
 
     kinds = [v.aval for v in ys + made]
     carry, outs = in_blocks(run, init, length, block, kinds, first=24, descending=reverse)

@@ -20,9 +20,9 @@ from jaxbptt._closure.closure import Closure, pick
 from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
-from jaxbptt._jaxprs.blocks import rows as rows_at
 from jaxbptt._jaxprs.evaluate import ZERO, Value
-from jaxbptt._jaxprs.stacks import scan_stacking
+from jaxbptt._jaxprs.loops import rows as rows_at
+from jaxbptt._jaxprs.loops import scan_stacking
 from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
 from jaxbptt._transforms.tape import Tape, reader, settings_of
 from jaxbptt._types import PyTree

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxbptt._jaxprs.blocks import block_of, block_size, in_blocks, rows
+from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, rows
 
 # ------------------------------------------------------------ how long they are
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt._jaxprs.evaluate import without_calls
-from jaxbptt._jaxprs.loop_fission import Stages, divide
+from jaxbptt._jaxprs.loop_fission import Fission, divide
 
 TRIPS = 3
 BATCH, IN, HIDDEN, WORDS = 2, 3, 4, 5  # a product of up to 8 rows waits for its matrix
@@ -30,7 +30,7 @@ X, H = numbers(4, TRIPS, BATCH, IN), numbers(5, BATCH, HIDDEN)
 class Body(NamedTuple):
     """A body and how it was divided."""
 
-    stages: Stages
+    stages: Fission
     closed: Any
     fixed: list  # its variables
 
@@ -78,20 +78,20 @@ def divided(body, fixed, rows, state):
 def in_stages(made, fixed, rows, state):
     """The last state, what else is wanted in each trip, and what is wanted of all of them."""
     env = dict(zip(made.fixed, [*made.closed.consts, *fixed], strict=True))
-    early = made.stages.ahead(env, rows, TRIPS)
+    early = made.stages.run_before(env, rows, TRIPS)
     nows, cuts, n = [], [], len(state)
     for i in range(TRIPS):
-        now, cut = made.stages.trip(env, state, [v[i] for v in rows], [v[i] for v in early])
+        now, cut = made.stages.run_inside(env, state, [v[i] for v in rows], [v[i] for v in early])
         state = now[:n]
         nows.append(now)
         cuts.append(cut)
     stacks = [jnp.stack(vs) for vs in zip(*cuts, strict=True)]
-    return nows, made.stages.behind(env, rows, early, stacks, TRIPS)
+    return nows, made.stages.run_after(env, rows, early, stacks, TRIPS)
 
 
 def one_after_the_other(made, fixed, rows, state):
     """The same by the body as it stands."""
-    nows, laters, n = [], [], len(made.stages.now)
+    nows, laters, n = [], [], len(made.stages.state_outs)
     for i in range(TRIPS):
         outs = core.jaxpr_as_fun(made.closed)(*fixed, *(v[i] for v in rows), *state)
         nows.append(outs[:n])
@@ -120,16 +120,16 @@ def sound(made):
     """Each stage has what it needs, and nothing of the state comes before the loop."""
     stages = made.stages
     fixed, rows = set(made.fixed), set(stages.rows)
-    check_order(stages.before, fixed | rows, stages.early)
+    check_order(stages.before, fixed | rows, stages.hoisted)
     check_order(
         stages.inside,
-        fixed | rows | set(stages.state) | set(stages.early),
-        [v for v in (*stages.now, *stages.cut) if isinstance(v, core.Var)],
+        fixed | rows | set(stages.state) | set(stages.hoisted),
+        [v for v in (*stages.state_outs, *stages.saved) if isinstance(v, core.Var)],
     )
     check_order(
         stages.after,
-        fixed | rows | set(stages.early) | set(stages.cut),
-        [v for v in stages.later if isinstance(v, core.Var)],
+        fixed | rows | set(stages.hoisted) | set(stages.saved),
+        [v for v in stages.stacked_outs if isinstance(v, core.Var)],
     )
 
 
@@ -156,13 +156,13 @@ def test_inputs_are_projected_before_the_loop_and_the_head_comes_after_it():
     assert made.inside == ["dot_general", "add", "tanh"]
     assert made.after == ["dot_general", "exp"]
     stages = made.stages
-    assert stages.early == [stages.before[-1].outvars[0]]
-    assert stages.cut == stages.now  # h, which the head reads
+    assert stages.hoisted == [stages.before[-1].outvars[0]]
+    assert stages.saved == stages.state_outs  # h, which the head reads
     # Bytes that a trip adds: what is projected, h and what is wanted of it.
     projected, out = 8 * BATCH * HIDDEN, 8 * BATCH * WORDS
     assert stages.temporaries([]) == projected + 8 * BATCH * HIDDEN + out
-    assert stages.temporaries(stages.later) == projected + 8 * BATCH * HIDDEN
-    assert stages.temporaries([*stages.later, *stages.cut]) == projected
+    assert stages.temporaries(stages.stacked_outs) == projected + 8 * BATCH * HIDDEN
+    assert stages.temporaries([*stages.stacked_outs, *stages.saved]) == projected
     assert stages.rows_read() == 8 * BATCH * IN
 
 
@@ -187,9 +187,9 @@ def test_a_product_of_many_rows_keeps_its_matrix_busy(rows):
     assert bool(made.before) == bool(made.after) == moves
     assert made.inside.count("dot_general") == (1 if moves else 3)
     if not moves:
-        assert made.stages.early == []
+        assert made.stages.hoisted == []
         assert made.inside[-1] == "exp"
-        assert made.stages.cut == made.stages.later
+        assert made.stages.saved == made.stages.stacked_outs
         assert made.stages.rows_read() == 0
 
 
@@ -236,7 +236,7 @@ def test_what_depends_on_the_state_stays_before_what_the_state_needs():
     assert made.before == ["dot_general"]
     assert made.inside == ["dot_general", "add", "tanh", "tanh"]
     assert made.after == ["dot_general"]
-    assert len(made.stages.cut) == 2  # late, and what the last product is of
+    assert len(made.stages.saved) == 2  # late, and what the last product is of
 
 
 def test_a_head_that_the_state_needs_stays():
@@ -248,7 +248,7 @@ def test_a_head_that_the_state_needs_stays():
     made = same_loop(body, [HEAD], [X], [H])
     assert made.inside.count("dot_general") == 1
     assert made.after.count("dot_general") == 1
-    assert made.stages.cut == [made.stages.later[0]]
+    assert made.stages.saved == [made.stages.stacked_outs[0]]
 
 
 def test_what_is_wanted_in_each_trip_stays_in_it():
@@ -259,7 +259,7 @@ def test_what_is_wanted_in_each_trip_stays_in_it():
     made = same_loop(body, [HEAD], [X], [H])
     assert made.after == []
     assert "dot_general" in made.inside
-    assert len(made.stages.cut) == 2
+    assert len(made.stages.saved) == 2
 
 
 UNMOVABLE = {
@@ -343,7 +343,7 @@ def test_what_comes_in_may_be_wanted_as_it_is():
 
     made = same_loop(body, [WX], [X], [H])
     stages = made.stages
-    assert stages.cut == stages.state  # stacked, which nothing else does
+    assert stages.saved == stages.state  # stacked, which nothing else does
     assert made.before.count("dot_general") == 2
     assert made.after == ["exp"]
     assert made.inside == []
@@ -360,7 +360,7 @@ def test_numbers_written_in_the_program_may_be_wanted():
 def test_nothing_wanted_of_all_trips_and_no_rows():
     made = same_loop(lambda f, r, s: ([jnp.tanh(s[0] @ f[0])], []), [WH], [], [H])
     assert made.inside == ["dot_general", "tanh"]
-    assert made.before == made.after == made.stages.early == made.stages.cut == []
+    assert made.before == made.after == made.stages.hoisted == made.stages.saved == []
     assert made.stages.temporaries([]) == made.stages.rows_read() == 0
 
 
@@ -379,8 +379,8 @@ def test_what_is_the_same_at_all_trips_is_computed_where_it_is_read():
         assert "sqrt" in stage
     assert made.inside.count("dot_general") == 0
     # None of it is made for each trip, nor handed on from one stage to another.
-    assert [v.aval.shape for v in made.stages.early] == [(BATCH, HIDDEN)]
-    assert made.stages.cut == made.stages.now
+    assert [v.aval.shape for v in made.stages.hoisted] == [(BATCH, HIDDEN)]
+    assert made.stages.saved == made.stages.state_outs
 
 
 def test_an_array_that_the_body_closes_over_is_the_same_at_all_trips():
@@ -410,10 +410,10 @@ def test_a_pullback_has_its_cotangents_behind_the_loop():
     made = same_loop(body, [WX, WH], [numbers(13, TRIPS, BATCH, HIDDEN)] * 2, [H])
     assert made.inside.count("dot_general") == 1
     assert made.after[-1] == "dot_general"
-    assert made.stages.cut == [made.stages.later[1]]
-    assert made.stages.early == []
+    assert made.stages.saved == [made.stages.stacked_outs[1]]
+    assert made.stages.hoisted == []
     # x̄ is kept anyway, the gates' cotangents are what a block adds.
-    assert made.stages.temporaries(made.stages.later[:1]) == 8 * BATCH * HIDDEN
+    assert made.stages.temporaries(made.stages.stacked_outs[:1]) == 8 * BATCH * HIDDEN
 
 
 def test_a_scatter_takes_its_own_memory():
@@ -428,7 +428,7 @@ def test_a_scatter_takes_its_own_memory():
     rows = [np.array([[1, 5], [0, 0], [5, 2]]), numbers(14, TRIPS, 2, HIDDEN)]
     made = same_loop(body, [WH, HEAD], rows, [np.float64(0.0)])
     assert "scatter-add" in made.before + made.after
-    held = {*made.stages.early, *made.stages.cut, *made.stages.later}
+    held = {*made.stages.hoisted, *made.stages.saved, *made.stages.stacked_outs}
     scattered = [
         eqn.outvars[0]
         for eqn in (*made.stages.before, *made.stages.after)

@@ -9,7 +9,7 @@ from harness import draw, grid
 from jax import lax
 
 import jaxbptt
-from jaxbptt._jaxprs.stacks import scan_stacking
+from jaxbptt._jaxprs.loops import scan_stacking
 
 
 def many_types(state, row):

@@ -1,4 +1,11 @@
-"""A loop over time in blocks of steps, so that what is kept for a block stays small."""
+"""Loops that stack what their iterations make, and loops in blocks of iterations.
+
+`lax.scan` begins all its stacks with the same zeros. Compilers make one array of those of one
+shape, so that each stack begins as a copy of it, again at each turn of a loop around. Stacks
+that begin with different numbers, of which none is ever read, are written where they lie.
+
+In blocks, what is kept for a block stays small, however long the loop is.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,11 +13,60 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbptt._jaxprs.stacks import scan_stacking
+from jaxbptt._arrays import filled
+from jaxbptt._compat import lax_scan
 from jaxbptt._types import leaf_type
 
+_NUMBERS = range(29, 128)  # seldom the step's own constants, and any integer dtype has them
 _SHARE = 0.15  # what a block keeps takes at most this share of what `jax.vjp` would hold
 _FEWEST = 8  # steps in a block: fewer save little memory, and cost a sum of all weights each
+
+
+def scan_stacking(
+    trip: Callable[[Any, Any], tuple[Any, list]],
+    state: Any,
+    rows: Any,
+    kinds: Iterable,
+    length: int,
+    first: int,
+    *,
+    reverse: bool = False,
+    unroll: int = 1,
+) -> tuple[Any, list]:
+    """`lax.scan` of a trip whose outputs are a list of these types.
+
+    Args:
+        trip: from a state and a row, the next state and its outputs.
+        state: the first state.
+        rows: arrays, each (length, ...).
+        kinds: types or abstract values of what one trip makes.
+        length: how many trips.
+        first: which of the numbers the first stack begins with. Loops of one program have others.
+        reverse: whether to start from the last row.
+        unroll: how many trips one of the compiled loop has.
+    """
+
+    def one(state: Any, row: Any) -> tuple[Any, None]:
+        (state, stacks), (place, row) = state, row
+        state, outs = trip(state, row)
+        return (state, [_put(*pair, place) for pair in zip(stacks, outs, strict=True)]), None
+
+    stacks = [
+        filled(leaf_type(kind).stacked(length), _NUMBERS[i % len(_NUMBERS)])
+        for i, kind in enumerate(kinds, first)
+    ]
+    if not length:
+        return state, stacks
+    places = jnp.arange(length, dtype=jnp.int32)
+    done, _ = lax_scan(one, (state, stacks), (places, rows), reverse=reverse, unroll=unroll)
+    return done
+
+
+def _put(stack: Any, value: Any, place: Any) -> Any:
+    return lax.dynamic_update_index_in_dim(stack, value, place, 0, allow_negative_indices=False)
+
+
+# ------------------------------------------------------------ in blocks
 
 
 def block_size(
@@ -77,7 +133,10 @@ def in_blocks(
 
 
 def rows(stacks: list, place: Any) -> list:
-    """One row of each stack; a negative place would not be understood, and costs nothing so."""
+    """One row of each stack.
+
+    Indices are never negative; saying so saves XLA the normalisation.
+    """
     return [
         lax.dynamic_index_in_dim(v, place, 0, keepdims=False, allow_negative_indices=False)
         for v in stacks
