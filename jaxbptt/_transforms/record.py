@@ -188,10 +188,19 @@ def record(
         θ̄ = Σ_s (∂c_s/∂θ)ᵀ λ_s + (∂y_s/∂θ)ᵀ ȳ_s         for s = t … max(1, t-window+1)
 
     which is `jax.grad` of y_t through the last `window` steps with the older carry
-    detached: BPTT(h; h′) of Williams & Peng with h = window and h′ = every. Arrays that
-    the step closes over are implicit parameters. With a window for each part of the carry a
-    leaf's λ is cut at its own lag and the rest flows on, so that parameters still get what
-    reaches them through other leaves.
+    detached: BPTT(h; h′) of Williams & Peng with h = window and h′ = every. At fixed parameters
+    and with every = 1, the gradient of the call for the last x is that of
+
+        def last_y(params, carry, xs):
+            for s, x in enumerate(xs):
+                if s == len(xs) - window:
+                    carry = jax.lax.stop_gradient(carry)
+                carry, y = step(params, carry, x)
+            return y
+
+    without running the window again. Arrays that the step closes over are implicit parameters.
+    With a window for each part of the carry a leaf's λ is cut at its own lag and the rest flows
+    on, so that parameters still get what reaches them through other leaves.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, one time step: the body of a `lax.scan`

@@ -53,7 +53,24 @@ def scan(
 
     where λ stops, unless that is step 1: then it goes on into `init`. With a window for each
     part of the carry this holds for each leaf's λ. The final carry's cotangent goes with the
-    last group. Arrays that `f` closes over are implicit parameters.
+    last group. Arrays that `f` closes over are implicit parameters. The values and derivatives
+    are those of
+
+        def scan(f, init, xs, window, every):
+            ys = []
+            for first in range(0, len(xs), every):
+                end = min(first + every, len(xs))
+                reach = max(0, first - max(window - every, 0), end - window)
+                carry, group = init, []
+                for s, x in enumerate(xs[:end]):
+                    if 0 < s == reach:
+                        carry, group = jax.lax.stop_gradient((carry, group))
+                    carry, y = f(carry, x)
+                    group.append(y)
+                ys += group[first:]
+            return carry, jnp.stack(ys)
+
+    in one loop forwards and one backwards.
 
     Args:
         f: `f(carry, x) -> (carry, y)`, one time step.
