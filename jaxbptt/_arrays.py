@@ -97,6 +97,11 @@ def where_or_zero(live: Any, value: jax.Array) -> jax.Array:
     return value if live is True else jnp.where(live, value, jnp.zeros((), value.dtype))
 
 
+def select_rows(flags: jax.Array, values: jax.Array) -> jax.Array:
+    """The rows of `values` where the flag is set, else zeros."""
+    return where_or_zero(flags.reshape(flags.shape + (1,) * (values.ndim - flags.ndim)), values)
+
+
 def is_half_precision(dtype: Any) -> bool:
     """Whether it is a floating-point type of fewer than 32 bits."""
     return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32)

@@ -203,6 +203,41 @@ def loss_not_scalar(got: TreeType, every: int) -> TypeError:
     )
 
 
+def loss_not_scalar_with_pace(got: TreeType) -> TypeError:
+    """The error for a call of a recorder with a pace whose y is not a scalar loss."""
+    came = ", ".join(str(t) for t in got.leaves) or "nothing"
+    return TypeError(
+        "step must return its scalar loss as y for a recorder with a pace, since the loss's "
+        f"cotangent starts within the call, but y is {came}. Return (carry, loss), or (carry, "
+        "(loss, aux)) with has_aux=True; or use rec.advance(params, tape, x, loss)."
+    )
+
+
+def no_pace() -> ValueError:
+    """The error for advance without a pace."""
+    return ValueError(
+        "recorder must have a pace for advance, but has none. Give it one, record(step, "
+        "window=..., pace=...), or differentiate a call of the recorder."
+    )
+
+
+def has_pace(name: str) -> ValueError:
+    """The error for what walks the whole window, of a recorder that doesn't."""
+    return ValueError(
+        f"recorder must have no pace for {name}, which walks the whole window, but has one: its "
+        "cotangents are on their way already. Use rec.advance, or a recorder without a pace."
+    )
+
+
+def carry_with_pace() -> ValueError:
+    """The error for a loss of the new tape's carry, of a recorder with a pace."""
+    return ValueError(
+        "loss must reach the step through its y for a recorder with a pace, but tape.carry has a "
+        "cotangent, which comes after the call is over. Make it part of y, or use a recorder "
+        "without a pace."
+    )
+
+
 def rows_of(ct_ys: TreeType, window: int) -> int:
     """How many steps the cotangents `ct_ys` are for: the length of each leaf's first axis."""
     lengths = {path: leaf.shape[:1] for path, leaf in _by_path(ct_ys).items()}

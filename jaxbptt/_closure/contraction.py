@@ -22,7 +22,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxbptt._arrays import is_half_precision, where_or_zero, widened, zeros
+from jaxbptt._arrays import is_half_precision, select_rows, where_or_zero, widened, zeros
+from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.cpu_products import bind_product
 from jaxbptt._jaxprs.evaluate import (
     ZERO,
@@ -102,15 +103,35 @@ class Contraction:
     def add(self, sums: list, summands: list, live: Any) -> list:
         """The sums with the summands of one more lag, if it is live."""
         n = len(self.scatters)
-        new = [
-            _scattered(eqn, total, indices, where_or_zero(live, updates))
-            for eqn, total, indices, updates in zip(
-                self.scatters, sums, summands[: 2 * n : 2], summands[1 : 2 * n : 2], strict=False
-            )
+        added = [
+            total + where_or_zero(live, v).astype(total.dtype)
+            for total, v in zip(sums[n:], summands[2 * n :], strict=True)
         ]
-        for total, v in zip(sums[n:], summands[2 * n :], strict=True):
-            new.append(total + where_or_zero(live, v).astype(total.dtype))
-        return new
+        return self._scattered(sums[:n], summands[: 2 * n], live) + added
+
+    def add_batch(self, sums: list, summands: list, live: jax.Array) -> list:
+        """The sums with the summands of several lags, along a first axis, where these are live."""
+        n = len(self.scatters)
+        added = [
+            total + jnp.sum(select_rows(live, v).astype(total.dtype), 0)
+            for total, v in zip(sums[n:], summands[2 * n :], strict=True)
+        ]
+        if not n:
+            return added
+
+        # One scatter after the other goes in place; all in one would need their sum beside it.
+        def trip(sums: list, row: tuple[list, Any]) -> tuple[list, None]:
+            return self._scattered(sums, *row), None
+
+        return lax_scan(trip, sums[:n], (summands[: 2 * n], live))[0] + added
+
+    def _scattered(self, sums: list, summands: list, live: Any) -> list:
+        """The sums of the scatters with what one lag scatters, if it is live."""
+        rows = zip(self.scatters, sums, summands[::2], summands[1::2], strict=True)
+        return [
+            _scatter(eqn, total, indices, where_or_zero(live, updates))
+            for eqn, total, indices, updates in rows
+        ]
 
     def contract(self, operands: list) -> list[jax.Array]:
         """The products and reductions of the stacked operands, over all lags."""
@@ -339,7 +360,7 @@ def _is_zero(atom: Atom, maker: Maker) -> bool:
     )
 
 
-def _scattered(
+def _scatter(
     eqn: core.JaxprEqn, total: jax.Array, indices: jax.Array, updates: jax.Array
 ) -> jax.Array:
     """A scatter-add into a running sum, whose type may be wider than the equation's."""

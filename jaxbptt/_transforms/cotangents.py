@@ -1,14 +1,15 @@
 """Cotangents at the border: checked when they come in, made whole when they go out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, zeros
-from jaxbptt._closure.closure import Closure, combine, pick
+from jaxbptt._closure.closure import Closure, Sources, combine, pick
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
@@ -80,6 +81,37 @@ def _checked(
     return pick(followed, jax.tree.leaves(ct))
 
 
+def is_scalar(leaf: LeafType) -> bool:
+    """Whether a y of this type can be a loss."""
+    return leaf.shape == () and leaf.differentiable
+
+
+def value_and_ct_y(loss: Callable[[PyTree], Any], y: PyTree) -> tuple[tuple[Any, Any], PyTree]:
+    """((the scalar, what the loss returned), ȳ with float0 where nothing can flow).
+
+    Raises:
+        TypeError: the loss returns neither a floating-point scalar nor a pair that begins with one.
+    """
+
+    def scalar(y: PyTree) -> tuple[jax.Array, Any]:
+        returned = loss(y)
+        pair = isinstance(returned, tuple | list) and len(returned) == 2
+        value = as_strong_arrays(returned[0] if pair else returned, "loss(y)", blame="loss")
+        leaves = type_of(value).leaves
+        if len(leaves) != 1 or leaves[0].shape or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+            raise TypeError(
+                "loss must return a floating-point scalar, or a pair (scalar, aux), but as the "
+                f"scalar it returned {_errors.describe(returned[0] if pair else returned)}. "
+                "Reduce it, e.g. with jnp.mean."
+            )
+        (value,) = jax.tree.leaves(value)
+        return value, (value, returned[1]) if pair else value
+
+    with_ct = jax.value_and_grad(scalar, has_aux=True, allow_int=True)
+    (value, returned), ct_y = with_ct(y)
+    return (value, returned), ct_y
+
+
 # ------------------------------------------------------------ what a `custom_vjp` rule is given
 
 
@@ -105,3 +137,21 @@ def with_none(followed: Mask, cts: list) -> list:
 def is_symbolic_zero(ct: Any) -> bool:
     """Whether nobody asked for the gradient of an output."""
     return isinstance(ct, jax.custom_derivatives.SymbolicZero)
+
+
+def refuse_what_is_not_followed(
+    sources: Sources, closed_over: Sequence[bool], x: Sequence[bool]
+) -> None:
+    """Refuses to differentiate by what the step has no derivative by."""
+    for name, followed, perturbed in (
+        ("an array that the step closes over", sources.closed_over, closed_over),
+        ("a leaf of x", sources.x, x),
+    ):
+        missed = [p and not f for p, f in zip(perturbed, followed, strict=True)]
+        if any(missed):
+            raise ValueError(
+                "step must have a derivative with respect to what it is differentiated by, but has "
+                f"none with respect to {name} (number {missed.index(True)}): a loop whose number "
+                "of trips is not fixed, a callback or a rule of its own is on the way. Take that "
+                "out of the way, or pass jax.lax.stop_gradient of the array."
+            )

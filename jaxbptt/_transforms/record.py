@@ -1,7 +1,7 @@
 """`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,16 @@ from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._transforms.cotangents import (
     Cotangents,
+    is_scalar,
     is_symbolic_zero,
     primal_values,
+    refuse_what_is_not_followed,
+    value_and_ct_y,
     with_float0,
     with_none,
     without_symbolic,
 )
+from jaxbptt._transforms.pace import Given, call_with_pace, move_chains
 from jaxbptt._transforms.tape import (
     Settings,
     Tape,
@@ -42,7 +46,7 @@ from jaxbptt._transforms.window_vjp import (
     pull_window,
     tape_window,
 )
-from jaxbptt._types import LeafType, PyTree, StepFn, type_of
+from jaxbptt._types import LeafType, PyTree, StepFn, leaf_type, type_of
 from jaxbptt._windows import Windows
 
 
@@ -59,6 +63,7 @@ class Recorder:
     every: int
     weights: str
     has_aux: bool
+    pace: int | None = None
 
     @property
     def window(self) -> PyTree:
@@ -120,8 +125,56 @@ class Recorder:
         _errors.no_tape("x", x, Tape)
         params, x = as_strong_arrays(params, "params"), as_strong_arrays(x, "x")
         closure, tape = closure_for(self, params, tape, x)
-        tape, y, aux = _call(closure, tape, params, x)
+        call = _call if self.pace is None else call_with_pace
+        tape, y, aux = call(closure, tape, params, x)
         return tape, (y, aux) if self.has_aux else y
+
+    def advance(
+        self, params: PyTree, tape: Tape, x: PyTree, loss: Callable[[PyTree], Any]
+    ) -> tuple[Tape, Any, PyTree]:
+        """Runs and records one step, and takes every cotangent in flight `pace` lags further.
+
+        Args:
+            params: parameters for this step, of the shapes given to `init`.
+            tape: the tape that `init` or the last call returned.
+            x: one input, of the shape given to `init`.
+            loss: from the step's y (without aux if `has_aux`) to a floating-point scalar, or to
+                a pair `(scalar, aux)`; traced and differentiated by y within the call.
+
+        Returns:
+            `(tape, value, grads)`: the new tape, what `loss` returned, and the gradient of this
+            call by params: of the losses of the last ceil(window / pace) calls, each at the lags
+            that its cotangent goes back now. Leaves that no gradient can flow through are
+            float0.
+
+        Raises:
+            TypeError: `loss` returns something else than a floating-point scalar, or a pair that
+                begins with one.
+            ValueError: the recorder has no pace; or as for a call of the recorder.
+
+        Cost:
+            One step, one slot written, and `pace` pullbacks of ceil(window / pace) steps each.
+        """
+        if self.pace is None:
+            raise _errors.no_pace()
+        _errors.is_tape(tape, Tape)
+        params, x = as_strong_arrays(params, "params"), as_strong_arrays(x, "x")
+        closure, tape = closure_for(self, params, tape, x)
+        leaves = [jax.tree.leaves(tree) for tree in (params, tape.carry, x)]
+        made = closure.run(*leaves)
+        carry, y, _ = made.step
+        (_, value), ct_y = value_and_ct_y(loss, y)
+        followed = closure.layout.followed
+        moved = move_chains(
+            closure,
+            push(tape, carry, made.recorded),
+            Given(made.recorded, made.invariant),
+            pick(closure.layout.followed_y, jax.tree.leaves(ct_y)),
+            asked=(True,) * sum(closure.layout.followed_y),
+            closed_over=False,
+        )
+        grads = moved.weights[len(closure.kinds.closed_over) :]
+        return moved.tape, value, with_float0(followed.params, grads, params)
 
     def pullback(
         self, params: PyTree, tape: Tape, ct_ys: PyTree, ct_carry: PyTree = None
@@ -152,6 +205,8 @@ class Recorder:
             `window` pullbacks of the step.
         """
         _errors.is_tape(tape, Tape)
+        if self.pace is not None:
+            raise _errors.has_pace("pullback")
         params, x = as_strong_arrays(params, "params"), x_struct(tape)
         closure, tape = closure_for(self, params, tape, x)
         window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
@@ -177,7 +232,13 @@ class Recorder:
 
 
 def record(
-    step: StepFn, *, window: PyTree, every: int = 1, weights: str = "stored", has_aux: bool = False
+    step: StepFn,
+    *,
+    window: PyTree,
+    every: int = 1,
+    weights: str = "stored",
+    has_aux: bool = False,
+    pace: int | None = None,
 ) -> Recorder:
     """Wraps a step function so that gradients flow back through its last `window` calls.
 
@@ -218,6 +279,14 @@ def record(
             x; none of these is on the ring. "replayed": the ring holds carries and inputs, and
             the window is run again under the caller's parameters from the oldest carry there.
         has_aux: whether y is a pair `(y, aux)` whose second half is not differentiated.
+        pace: None, or how many lags each call takes every cotangent in flight further, from 1 to
+            the window. Then a call is `pace` pullbacks one after the other in place of
+            `window`, each of ceil(window / pace) steps in one batch, and a loss's share at lag k
+            arrives k // pace calls later; at fixed parameters the gradients of a run and of
+            ceil(window / pace) - 1 calls with zero losses behind it sum to the same. The step
+            returns its scalar loss as y, or `advance` is given the loss. Not with `every` above
+            1, nor with "replayed". For small batches and for accelerators; with "stored" the
+            weights of each step are read as before.
 
     Returns:
         A `Recorder`.
@@ -252,8 +321,28 @@ def record(
     windows = Windows.of(window)
     _errors.positive_int("every", every)
     _errors.one_of("weights", weights, ("stored", "current", "replayed"))
+    if pace is not None:
+        _errors.positive_int("pace", pace)
+        _check_pace(int(pace), windows.longest, every, weights)
     every = min(int(every), 2**31 - 1)  # a group that long never ends, nor does its counter wrap
-    return Recorder(step, windows, every, weights, bool(has_aux))
+    pace = None if pace is None else int(pace)
+    return Recorder(step, windows, every, weights, bool(has_aux), pace)
+
+
+def _check_pace(pace: int, window: int, every: int, weights: str) -> None:
+    """Refuses a pace that does not go with the other options."""
+    if pace > window:
+        raise ValueError(
+            f"pace must be at most the window, {window}, but got {pace}: a cotangent goes no "
+            "further back. Leave it out, and the whole window is walked at each call."
+        )
+    for name, value, allowed in (("every", every, 1), ("weights", weights, "stored")):
+        if value != allowed and value != "current":
+            allowed_too = " or 'current'" if name == "weights" else ""
+            raise ValueError(
+                f"{name} must be {allowed!r}{allowed_too} with a pace, but got {value!r}. "
+                f"Leave out {name} or the pace."
+            )
 
 
 # ------------------------------------------------------------ a recorder's step and tape
@@ -288,7 +377,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     Where nothing is recorded yet the tape need not be of this step: it is made anew.
     """
     made = settings_of(tape)
-    for name in ("windows", "every", "weights"):
+    for name in ("windows", "every", "weights", "pace"):
         if getattr(made, name) != getattr(recorder, name):
             raise _errors.other_setting(name, getattr(recorder, name), getattr(made, name))
     remedy = "Pass what init was given, or make a tape with init for the new shapes."
@@ -315,11 +404,13 @@ def _blank_tape(
         recorder.windows,
         recorder.every,
         recorder.weights,
+        recorder.pace,
         *(type_of(params), type_of(carry), type_of(x)),
         program_hash(closure),
         closure.sources,
     )
-    return blank(carry, slot_types(recorder, closure, carry, x), settings)
+    lam = [leaf_type(kind) for kind in closure.kinds.carry]
+    return blank(carry, slot_types(recorder, closure, carry, x), lam, settings)
 
 
 def record_step(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
@@ -359,10 +450,10 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
 
     def forward(*args: Any) -> tuple[Any, _Saved]:
         y = type_of(closure.layout.outputs.tree()[1])
-        if every > 1 and not (len(y.leaves) == 1 and _is_scalar(y.leaves[0])):
+        if every > 1 and not (len(y.leaves) == 1 and is_scalar(y.leaves[0])):
             raise _errors.loss_not_scalar(y, every)
         asked = tuple(v.perturbed for v in args[0])
-        _refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
+        refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
         closed_over, params, x, rest = primal_values(args)
         outs = run(closed_over, params, x, rest)
         bound = dataclasses.replace(rest[1], closed_over=closed_over)
@@ -385,24 +476,6 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
     return recorded_step(closure.closed_over, *leaves, (tape, apart))
-
-
-def _refuse_what_is_not_followed(
-    sources: Sources, closed_over: Sequence[bool], x: Sequence[bool]
-) -> None:
-    """Refuses to differentiate by what the step has no derivative by."""
-    for name, followed, perturbed in (
-        ("an array that the step closes over", sources.closed_over, closed_over),
-        ("a leaf of x", sources.x, x),
-    ):
-        missed = [p and not f for p, f in zip(perturbed, followed, strict=True)]
-        if any(missed):
-            raise ValueError(
-                "step must have a derivative with respect to what it is differentiated by, but has "
-                f"none with respect to {name} (number {missed.index(True)}): a loop whose number "
-                "of trips is not fixed, a callback or a rule of its own is on the way. Take that "
-                "out of the way, or pass jax.lax.stop_gradient of the array."
-            )
 
 
 @jax.tree_util.register_dataclass
@@ -448,7 +521,3 @@ def _pull_group(saved: _Saved, ct_carry: list, ct_y: list) -> _GroupCotangents:
         *(list(map(zeros, k)) for k in (kinds.closed_over, kinds.params, kinds.x))
     )
     return lax.cond(is_due(tape), back, lambda: nothing)
-
-
-def _is_scalar(leaf: Any) -> bool:
-    return leaf.shape == () and leaf.differentiable

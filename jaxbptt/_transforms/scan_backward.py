@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt._arrays import select_rows as select
 from jaxbptt._arrays import size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import Contraction
@@ -21,7 +22,7 @@ from jaxbptt._jaxprs.loop_fission import Fission, divide
 from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, rows, scan_stacking
 from jaxbptt._transforms.chain_by_chain import SeparateChains, is_needed, pull_chains
 from jaxbptt._transforms.groups import Groups
-from jaxbptt._transforms.scan_chains import Chains, select
+from jaxbptt._transforms.scan_chains import Chains
 from jaxbptt._transforms.window_vjp import dense_weights, densify
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbptt._arrays import select_rows as select
 from jaxbptt._arrays import where_or_zero
 from jaxbptt._closure.closure import Closure, pick
 from jaxbptt._closure.pullbacks import Pullback
@@ -152,8 +153,3 @@ class Chains:
 def _older(lam: jax.Array) -> jax.Array:
     """λ by age as the step before sees it, which is in a group of its own: none is there yet."""
     return jnp.concatenate([jnp.zeros_like(lam[:1]), lam[:-1]])
-
-
-def select(flags: jax.Array, values: jax.Array) -> jax.Array:
-    """The rows of `values` where the flag is set, else zeros."""
-    return where_or_zero(flags.reshape(flags.shape + (1,) * (values.ndim - 1)), values)

@@ -5,6 +5,7 @@ counters stay below `window` or `every`, so nothing overflows however long the l
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,11 +29,37 @@ class Settings:
     windows: Windows
     every: int
     weights: str
+    pace: int | None  # how many lags each call takes every cotangent in flight further
     params: TreeType
     carry: TreeType
     x: TreeType
     step: str  # a hash of what the step computes
     sources: Sources  # what gradients flow to beside params
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How the ring's slots are laid out: one after another, or in rows and columns.
+
+        With a pace p the chains in flight are p + 1 steps apart. In p + 1 rows, step τ in the
+        row τ mod (p + 1), what they read at once is one row.
+        """
+        if self.pace is None:
+            return (self.window,)
+        return (self.pace + 1, -(-self.window // self.pace))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """The cotangents that are on their way back, of a recorder with a pace.
+
+    Attributes:
+        lam: λ of each chain, leaves (columns, *shape) in the order of the ring's columns.
+        count: int32 scalar, how many steps are recorded, at most as many as there are slots.
+    """
+
+    lam: list[jax.Array]
+    count: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +77,10 @@ class Tape:
 
     carry: PyTree
     length: jax.Array
-    _ring: list[jax.Array]  # each (window, *residual.shape), written at slots 0, 1, ... in turn
+    _ring: list[jax.Array]  # each (*slots, *residual.shape), written at slots 0, 1, ... in turn
     _head: jax.Array  # int32, the slot of the newest step
     _phase: jax.Array  # int32, steps in the current group of `every`, the newest included
+    _in_flight: InFlight | None
     _settings: Settings
 
     @property
@@ -86,17 +114,37 @@ class Tape:
 
 jax.tree_util.register_dataclass(
     Tape,
-    data_fields=["carry", "length", "_ring", "_head", "_phase"],
+    data_fields=["carry", "length", "_ring", "_head", "_phase", "_in_flight"],
     meta_fields=["_settings"],
 )
 
 
-def blank(carry: PyTree, slot: Sequence[LeafType], settings: Settings) -> Tape:
-    """A tape with nothing recorded: its slots are zeros that no result ever depends on."""
-    ring = [zeros(leaf.stacked(settings.window)) for leaf in slot]
+def blank(
+    carry: PyTree, slot: Sequence[LeafType], lam: Sequence[LeafType], settings: Settings
+) -> Tape:
+    """A tape with nothing recorded: its slots are zeros that no result ever depends on.
+
+    Args:
+        carry: the live carry.
+        slot: the types of what one step leaves on the ring.
+        lam: the types of λ, of which there is one for each chain where there is a pace.
+        settings: what the tape is for.
+    """
+    ring = [zeros(_laid_out(leaf, settings.slots)) for leaf in slot]
+    in_flight = None
+    if settings.pace is not None:
+        chains = [zeros(leaf.stacked(settings.slots[1])) for leaf in lam]
+        in_flight = InFlight(chains, jnp.zeros((), jnp.int32))
     # Three arrays rather than one thrice: a buffer can be donated only once.
     length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return Tape(carry, length, ring, head, phase, settings)
+    return Tape(carry, length, ring, head, phase, in_flight, settings)
+
+
+def _laid_out(leaf: LeafType, slots: tuple[int, ...]) -> LeafType:
+    """The type of a ring of such leaves."""
+    for count in reversed(slots):
+        leaf = leaf.stacked(count)
+    return leaf
 
 
 def is_blank(tape: Tape) -> bool:
@@ -112,18 +160,22 @@ def cleared(tape: Tape) -> Tape:
         _ring=[jnp.zeros_like(leaf) for leaf in tape._ring],
         _head=jnp.zeros_like(tape._head),
         _phase=jnp.zeros_like(tape._phase),
+        _in_flight=jax.tree.map(jnp.zeros_like, tape._in_flight),
     )
 
 
 def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
     """Writes one step over the oldest slot and makes `carry` the live one."""
-    window, every = tape._settings.window, tape._settings.every
-    head = (tape._head + 1) % window
-    _same_sharding(tape._ring, residuals)
-    ring = [
-        lax.dynamic_update_index_in_dim(leaf, value, head, 0)
-        for leaf, value in zip(tape._ring, residuals, strict=True)
-    ]
+    settings = tape._settings
+    window, every, slots = settings.window, settings.every, settings.slots
+    head = (tape._head + 1) % math.prod(slots)
+    place = (head,) if len(slots) == 1 else row_and_column(head, settings)
+    _same_sharding(tape._ring, residuals, slots)
+    ring = [_write(leaf, value, place) for leaf, value in zip(tape._ring, residuals, strict=True)]
+    in_flight = tape._in_flight
+    if in_flight is not None:
+        count = jnp.minimum(in_flight.count + 1, math.prod(slots))
+        in_flight = dataclasses.replace(in_flight, count=count)
     return dataclasses.replace(
         tape,
         carry=carry,
@@ -131,13 +183,30 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
         _ring=ring,
         _head=head,
         _phase=tape._phase % every + 1,
+        _in_flight=in_flight,
     )
 
 
-def _same_sharding(ring: Sequence[jax.Array], residuals: Sequence[jax.Array]) -> None:
+def row_and_column(place: Any, settings: Settings) -> tuple[Any, Any]:
+    """Where a slot lies on a ring of rows and columns, of the number it has in time."""
+    rows = settings.slots[0]
+    return place % rows, place // rows
+
+
+def _write(leaf: jax.Array, value: jax.Array, place: Sequence[Any]) -> jax.Array:
+    """A ring's leaf with one slot written over."""
+    if len(place) == 1:
+        return lax.dynamic_update_index_in_dim(leaf, value, place[0], 0)
+    starts = [*place, *(jnp.int32(0),) * value.ndim]
+    return lax.dynamic_update_slice(leaf, value[None, None], starts)
+
+
+def _same_sharding(
+    ring: Sequence[jax.Array], residuals: Sequence[jax.Array], slots: tuple[int, ...]
+) -> None:
     """Says which types differ where JAX would speak of the ring's write."""
     for leaf, value in zip(map(leaf_type, ring), map(leaf_type, residuals), strict=True):
-        slot = value.stacked(leaf.shape[0]).sharding
+        slot = _laid_out(value, slots).sharding
         if leaf.sharding != slot:
             raise ValueError(
                 "params, carry and x must lie over the Explicit axes of the mesh as those that "
@@ -202,7 +271,8 @@ def x_struct(tape: Tape) -> PyTree:
 
 def layout(tape: Tape) -> tuple[LeafType, ...]:
     """The types of the residuals in one slot."""
-    return tuple(dataclasses.replace(leaf_type(leaf), shape=leaf.shape[1:]) for leaf in tape._ring)
+    n = len(tape._settings.slots)
+    return tuple(dataclasses.replace(leaf_type(leaf), shape=leaf.shape[n:]) for leaf in tape._ring)
 
 
 def settings_of(tape: Tape) -> Settings:
@@ -232,7 +302,46 @@ def keep_or_roll_back(keep: Any, tape: Tape, before: Tape) -> Tape:
         length=kept(tape.length, nothing),
         _head=kept(tape._head, nothing),
         _phase=kept(tape._phase, nothing),
+        _in_flight=jax.tree.map(lambda v: kept(v, jnp.zeros_like(v)), tape._in_flight),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A ring of rows and columns at the newest step: what the chains in flight read of it.
+
+    Attributes:
+        read: from a lag behind each chain's own place to that row, leaves (columns, ...).
+        row: from such a lag to the row's number.
+        quotient: from such a lag to the column of the newest chain.
+        in_flight: λ of the chains, and how many steps are recorded.
+    """
+
+    read: Callable[[Any], list[jax.Array]]
+    row: Callable[[Any], Any]
+    quotient: Callable[[Any], Any]
+    in_flight: InFlight
+
+
+def columns_of(tape: Tape) -> Columns:
+    """What the chains in flight read of a tape with a pace."""
+    settings, in_flight = tape._settings, tape._in_flight
+    assert in_flight is not None
+
+    def place(lag: Any) -> tuple[Any, Any]:
+        return row_and_column((tape._head - lag) % math.prod(settings.slots), settings)
+
+    def read(lag: Any) -> list[jax.Array]:
+        row = place(lag)[0]
+        return _exactly([lax.dynamic_index_in_dim(v, row, 0, keepdims=False) for v in tape._ring])
+
+    return Columns(read, lambda lag: place(lag)[0], lambda lag: place(lag)[1], in_flight)
+
+
+def with_chains(tape: Tape, lam: list[jax.Array]) -> Tape:
+    """The tape with its chains moved on."""
+    assert tape._in_flight is not None
+    return dataclasses.replace(tape, _in_flight=dataclasses.replace(tape._in_flight, lam=lam))
 
 
 def is_due(tape: Tape) -> jax.Array:

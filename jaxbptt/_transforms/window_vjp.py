@@ -60,7 +60,7 @@ class WindowCotangents:
         """Those of a longer window, of which `older` has the other lags."""
         if not self.weights and not self.xs:
             return older
-        weights = _each(_plus, self.weights, older.weights)
+        weights = _each(plus, self.weights, older.weights)
         return WindowCotangents(weights, older.carry, _each(_joined, self.xs, older.xs))
 
 
@@ -175,7 +175,7 @@ def _terms(
 ) -> tuple[tuple[list, list], TermsByLag]:
     """One segment of `by_lag`: the last λ and the sums, and what there is of each lag."""
     kinds, alive, outputs = closure.kinds, segment.alive, segment.pullback.outputs
-    contraction = segment.pullback.divide([], [*outputs.params, *_or_zero(alive, outputs.carry)])
+    contraction = segment.pullback.divide([], [*outputs.params, *or_zero(alive, outputs.carry)])
 
     def trip(state: Any, row: Any) -> tuple[Any, TermsByLag]:
         lam, sums = state
@@ -215,8 +215,8 @@ def _sweep(
     kinds, alive, outputs = closure.kinds, segment.alive, segment.pullback.outputs
     x_kinds = kinds.x if wanted.xs else []
     contraction = segment.pullback.divide(
-        [*_or_zero(wanted.closed_over, outputs.closed_over), *outputs.params],
-        [*_or_zero(alive, outputs.carry), *(outputs.x if wanted.xs else [])],
+        [*or_zero(wanted.closed_over, outputs.closed_over), *outputs.params],
+        [*or_zero(alive, outputs.carry), *(outputs.x if wanted.xs else [])],
     )
 
     # The state is λ as it enters the lag, and the sums of what is not contracted.
@@ -256,7 +256,7 @@ def _at_lag(contraction: Contraction, args: list, kinds: list, live: Any) -> AtL
     return lax.cond(live, run, lambda: none)
 
 
-def _or_zero(wanted: Sequence[bool] | bool, values: list) -> list:
+def or_zero(wanted: Sequence[bool] | bool, values: list) -> list:
     """The values that are wanted, ZERO in place of the others."""
     if isinstance(wanted, bool):
         return list(values) if wanted else [ZERO] * len(values)
@@ -282,7 +282,8 @@ def _joined(new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.concatenate([new, old])
 
 
-def _plus(a: Value, b: Value) -> Value:
+def plus(a: Value, b: Value) -> Value:
+    """The sum of two values of which each may be ZERO."""
     return b if a is ZERO else a if b is ZERO else a + b
 
 

@@ -1,0 +1,284 @@
+"""Pace: at each call every cotangent in flight goes a few lags further, all of them at once.
+
+A sliding window of K steps costs K pullbacks one after the other at every step. With a pace p
+the loss of a call goes back p lags at once, p more at the next call, and so on, beside the
+losses of the calls before it: C = ceil(K / p) chains in flight, p + 1 steps apart. A call is p
+pullbacks one after the other, each of all C chains in one batch, and a loss's term at lag k
+arrives k // p calls later.
+
+The ring has p + 1 rows of C columns, with step τ in the row τ mod (p + 1). At the i-th lag of a
+call all chains read one row, chain j (of the loss j calls ago) in the column q - j, where q is the
+column of the newest step at that lag. λ is kept in the order of the columns, and turned
+by one where the next lag lies in another round of rows: nothing is gathered.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt import _errors
+from jaxbptt._arrays import select_rows as select
+from jaxbptt._arrays import zeros
+from jaxbptt._closure.closure import Closure
+from jaxbptt._closure.contraction import AtLag, Contraction
+from jaxbptt._closure.pullbacks import Mask, Pullback
+from jaxbptt._compat import lax_scan
+from jaxbptt._jaxprs.evaluate import bind
+from jaxbptt._transforms.cotangents import (
+    is_scalar,
+    is_symbolic_zero,
+    primal_values,
+    refuse_what_is_not_followed,
+    with_none,
+)
+from jaxbptt._transforms.tape import (
+    Columns,
+    Settings,
+    Tape,
+    columns_of,
+    push,
+    settings_of,
+    with_chains,
+)
+from jaxbptt._transforms.window_vjp import dense_weights, densify, or_zero, plus
+from jaxbptt._types import PyTree, type_of
+
+Wanted: TypeAlias = Sequence[bool] | bool  # of each leaf, or of all
+
+
+def call_with_pace(
+    closure: Closure, tape: Tape, params: PyTree, x: PyTree
+) -> tuple[Tape, PyTree, PyTree]:
+    """Runs the step, records it and moves the chains, ȳ being 1; returns (new tape, y, aux).
+
+    The chains move in the forward pass, for they are part of the new tape. What is left for the
+    reverse mode is to multiply the gradient of the call by the cotangent of y.
+    """
+    y_type = type_of(closure.layout.outputs.tree()[1])
+    if not (len(y_type.leaves) == 1 and is_scalar(y_type.leaves[0])):
+        raise _errors.loss_not_scalar_with_pace(y_type)
+
+    def run(
+        closed_over: list, params: list, x: list, rest: tuple[Tape, Closure]
+    ) -> tuple[Any, Moved]:
+        tape, closure = rest
+        bound = dataclasses.replace(closure, closed_over=closed_over)
+        made = bound.run(params, jax.tree.leaves(tape.carry), x)
+        carry, y, aux = made.step
+        ct_y = [jnp.ones_like(leaf) for leaf in jax.tree.leaves(y)]
+        given = Given(made.recorded, made.invariant)
+        pushed = push(tape, carry, made.recorded)
+        moved = move_chains(closure, pushed, given, ct_y, asked=(True,), closed_over=True)
+        return (moved.tape, y, aux), moved
+
+    recorded_step = jax.custom_vjp(lambda *args: run(*args)[0])
+
+    def forward(*args: Any) -> tuple[Any, Any]:
+        asked = tuple(v.perturbed for v in args[0])
+        refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
+        outs, moved = run(*primal_values(args))
+        return outs, (moved.weights, moved.x)
+
+    def backward(saved: Any, cts: Any) -> tuple[list | None, ...]:
+        weights, x = saved
+        ct_tape, ct_y, _ = cts
+        if not all(map(is_symbolic_zero, jax.tree.leaves(ct_tape.carry))):
+            raise _errors.carry_with_pace()
+        followed, (ct_y,) = closure.layout.followed, jax.tree.leaves(ct_y)
+        n = sum(followed.closed_over)
+        groups = (
+            (followed.closed_over, weights[:n]),
+            (followed.params, weights[n:]),
+            (followed.x, x),
+        )
+        if is_symbolic_zero(ct_y):
+            return None, None, None, None
+        return *(
+            with_none(mask, [ct_y.astype(v.dtype) * v for v in cts]) for mask, cts in groups
+        ), None
+
+    recorded_step.defvjp(forward, backward, symbolic_zeros=True)
+    apart = dataclasses.replace(closure, closed_over=[])
+    leaves = jax.tree.leaves(params), jax.tree.leaves(x)
+    return recorded_step(closure.closed_over, *leaves, (tape, apart))
+
+
+class Moved(NamedTuple):
+    """What moving the chains gives."""
+
+    tape: Tape  # with the chains where they are now
+    weights: list  # cotangents of closed-over arrays, then of params
+    x: list  # x̄ of the newest step
+
+
+def move_chains(
+    closure: Closure, tape: Tape, given: "Given", ct_y: list, *, asked: Mask, closed_over: Wanted
+) -> Moved:
+    """Starts the chain of the newest step and takes all chains in flight `pace` lags further.
+
+    Args:
+        closure: the traced step.
+        tape: the tape after the newest step.
+        given: residuals that are not read from the tape.
+        ct_y: ȳ of the newest step, of the leaves that are asked for.
+        asked: which leaves these are, of those that are followed.
+        closed_over: which closed-over arrays' cotangents are wanted.
+    """
+    chains = _Chains(closure, columns_of(tape), given.invariant, settings_of(tape), closed_over)
+    # The newest step's chain begins in its column, where the oldest one has come to its end.
+    own = chains.ages(0) == 0
+    lam = [select(~own, v) for v in chains.columns.in_flight.lam]
+    without_y, with_y = closure.pullback(y=False), closure.pullback(y=asked)
+    if closure.indifferent_to_y:
+        # One batch of all chains: the others' ȳ is zero, and costs next to nothing.
+        begun = chains.at_lag(with_y, lam, [select(own, v[None]) for v in ct_y], own | ~own)
+    else:
+        # ȳ by itself costs much, as of a loss head: only the new chain's own step pays for it.
+        older = chains.at_lag(without_y, lam, [], ~own)
+        newest = chains.of_newest(with_y, given.newest, ct_y)
+        lam = [v + select(own, u[None]) for v, u in zip(older.lam, newest.lam, strict=True)]
+        begun = _Made(lam, _sum(older.weights, newest.weights))
+    made = _Made(chains.turned(begun.lam, 0), begun.weights)
+    if settings_of(tape).pace != 1:
+        older = chains.at_later_lags(without_y, made.lam)
+        made = _Made(older.lam, _sum(made.weights, older.weights))
+    return Moved(
+        with_chains(tape, made.lam),
+        dense_weights(closure, made.weights),
+        chains.newest_x(with_y, given.newest, ct_y),
+    )
+
+
+class Given(NamedTuple):
+    """Residuals that are not read from the tape."""
+
+    newest: list  # those that the newest step left on the ring
+    invariant: list  # those that depend on parameters alone
+
+
+class _Made(NamedTuple):
+    """λ of all chains, in columns, and cotangents of the weights: arrays or ZERO."""
+
+    lam: list
+    weights: list
+
+
+def _sum(a: list, b: list) -> list:
+    return [plus(*pair) for pair in zip(a, b, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chains:
+    """The chains in flight at one call."""
+
+    closure: Closure
+    columns: Columns
+    invariant: list
+    settings: Settings
+    closed_over: Wanted
+
+    @property
+    def pace(self) -> int:
+        """How many lags each chain is taken further."""
+        assert self.settings.pace is not None
+        return self.settings.pace
+
+    def ages(self, lag: Any) -> jax.Array:
+        """How many calls ago the loss was of the chain in each column, at this lag of the call."""
+        count = self.settings.slots[1]
+        return (self.columns.quotient(lag) - jnp.arange(count, dtype=jnp.int32)) % count
+
+    def at_lag(self, pullback: Pullback, lam: list, ct_y: list, counted: jax.Array) -> _Made:
+        """All chains at lag 0 of the call, `counted` saying in which columns."""
+        contraction = self._divided(pullback)
+        moved = self._one_lag(
+            contraction, lam, contraction.zero_sums(), ct_y, jnp.int32(0), counted
+        )
+        return _Made(moved.lam, self._weights(contraction, moved.operands, moved.sums))
+
+    def at_later_lags(self, pullback: Pullback, lam: list) -> _Made:
+        """All chains at the lags of the call after the first."""
+        contraction = self._divided(pullback)
+        every = jnp.ones(self.settings.slots[1], bool)
+
+        def trip(state: Any, lag: Any) -> tuple[Any, list]:
+            lam, sums = state
+            moved = self._one_lag(contraction, lam, sums, [], lag, every)
+            return (self.turned(moved.lam, lag), moved.sums), moved.operands
+
+        lags = jnp.arange(1, self.pace, dtype=jnp.int32)
+        (lam, sums), stacks = lax_scan(trip, (lam, contraction.zero_sums()), lags)
+        operands = [v.reshape(-1, *v.shape[2:]) for v in stacks]
+        return _Made(lam, self._weights(contraction, operands, sums))
+
+    def of_newest(self, pullback: Pullback, residuals: list, ct_y: list) -> _Made:
+        """The newest step's chain at its first lag, alone."""
+        contraction = self._divided(pullback)
+        made = contraction.at_lag([*residuals, *self.invariant, *self._no_lam(), *ct_y])
+        sums = contraction.add(contraction.zero_sums(), made.summands, True)
+        weights = self._weights(contraction, [v[None] for v in made.operands], sums)
+        return _Made(densify(made.outs, self.closure.kinds.carry), weights)
+
+    def newest_x(self, pullback: Pullback, residuals: list, ct_y: list) -> list:
+        """x̄ of the newest step, of which the chains themselves keep nothing."""
+        # The side effects of this step's pullback belong to the chain.
+        contraction = pullback.divide([], pullback.outputs.x, effects=False)
+        made = contraction.at_lag([*residuals, *self.invariant, *self._no_lam(), *ct_y])
+        return densify(made.outs, self.closure.kinds.x)
+
+    def turned(self, lam: list, lag: Any) -> list:
+        """λ in the order of the columns of the next lag, which may lie in the round before."""
+        wraps = self.columns.row(lag) == 0
+        return [jnp.where(wraps, jnp.roll(v, -1, 0), v) for v in lam]
+
+    def _one_lag(
+        self,
+        contraction: Contraction,
+        lam: list,
+        sums: list,
+        ct_y: list,
+        lag: Any,
+        counted: jax.Array,
+    ) -> "_AtLag":
+        """One lag of the call: a pullback of all chains in one batch."""
+        ages, kinds = self.ages(lag), self.closure.kinds.carry
+        of_window = ages * self.pace + lag  # how far back each chain is
+        recorded = self.columns.in_flight.count > lag + ages * (self.pace + 1)
+        live = counted & recorded & (of_window < self.settings.window)
+        # A part of λ whose own window is over is not followed any further.
+        parts = self.closure.layout.parts or (self.settings.window,) * len(lam)
+        lam = [select(of_window < part, v) for v, part in zip(lam, parts, strict=True)]
+
+        def pull(residuals: list, lam: list, ct_y: list) -> AtLag:
+            made = contraction.at_lag([*residuals, *self.invariant, *lam, *ct_y], bind)
+            return made._replace(outs=densify(made.outs, kinds))
+
+        made = jax.vmap(pull)(self.columns.read(lag), lam, ct_y)
+        # What comes out is selected, rather than zeros sent in, which 0·inf would make NaN.
+        return _AtLag(
+            [select(live, v) for v in made.outs],
+            contraction.add_batch(sums, made.summands, live),
+            [select(live, v) for v in made.operands],
+        )
+
+    def _divided(self, pullback: Pullback) -> Contraction:
+        outputs = pullback.outputs
+        weights = [*or_zero(self.closed_over, outputs.closed_over), *outputs.params]
+        return pullback.divide(weights, outputs.carry)
+
+    def _weights(self, contraction: Contraction, operands: list, sums: list) -> list:
+        return contraction.finish(self.invariant, contraction.contract(operands), sums)
+
+    def _no_lam(self) -> list:
+        return [zeros(kind) for kind in self.closure.kinds.carry]
+
+
+class _AtLag(NamedTuple):
+    """What one lag of all chains makes."""
+
+    lam: list
+    sums: list
+    operands: list
