@@ -93,6 +93,8 @@ def gradient_by_lag(
     if not isinstance(recorder, Recorder):
         raise _errors.not_a_recorder(recorder)
     _errors.is_tape(tape, Tape)
+    if recorder.pace is not None:
+        raise _errors.has_pace("gradient_by_lag")
     params, x = as_strong_arrays(params, "params"), x_struct(tape)
     closure, tape = closure_for(recorder, params, tape, x)
     window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)

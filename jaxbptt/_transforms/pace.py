@@ -26,7 +26,7 @@ from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
-from jaxbptt._jaxprs.evaluate import bind
+from jaxbptt._jaxprs.evaluate import ZERO, Value, bind
 from jaxbptt._transforms.cotangents import (
     is_scalar,
     is_symbolic_zero,
@@ -57,6 +57,7 @@ def call_with_pace(
     The chains move in the forward pass, for they are part of the new tape. What is left for the
     reverse mode is to multiply the gradient of the call by the cotangent of y.
     """
+    settings = settings_of(tape)
     y_type = type_of(closure.layout.outputs.tree()[1])
     if not (len(y_type.leaves) == 1 and is_scalar(y_type.leaves[0])):
         raise _errors.loss_not_scalar_with_pace(y_type)
@@ -77,28 +78,28 @@ def call_with_pace(
     recorded_step = jax.custom_vjp(lambda *args: run(*args)[0])
 
     def forward(*args: Any) -> tuple[Any, Any]:
-        asked = tuple(v.perturbed for v in args[0])
-        refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
-        outs, moved = run(*primal_values(args))
-        return outs, (moved.weights, moved.x)
+        perturbed = tuple(v.perturbed for v in args[0])
+        refuse_what_is_not_followed(closure.sources, perturbed, [v.perturbed for v in args[2]])
+        closed_over, params, x, rest = primal_values(args)
+        outs, moved = run(closed_over, params, x, rest)
+        invariant = dataclasses.replace(rest[1], closed_over=closed_over).invariant(params)
+        return outs, (rest[1], invariant, moved.unfinished, moved.x)
 
     def backward(saved: Any, cts: Any) -> tuple[list | None, ...]:
-        weights, x = saved
+        closure, invariant, unfinished, x = saved
         ct_tape, ct_y, _ = cts
         if not all(map(is_symbolic_zero, jax.tree.leaves(ct_tape.carry))):
             raise _errors.carry_with_pace()
         followed, (ct_y,) = closure.layout.followed, jax.tree.leaves(ct_y)
-        n = sum(followed.closed_over)
-        groups = (
-            (followed.closed_over, weights[:n]),
-            (followed.params, weights[n:]),
-            (followed.x, x),
-        )
         if is_symbolic_zero(ct_y):
             return None, None, None, None
-        return *(
-            with_none(mask, [ct_y.astype(v.dtype) * v for v in cts]) for mask, cts in groups
-        ), None
+        weights = finish(
+            closure, settings, invariant, unfinished, asked=(True,), closed_over=True, scale=ct_y
+        )
+        n = sum(followed.closed_over)
+        x = [ct_y.astype(v.dtype) * v for v in x]
+        masks = followed.closed_over, followed.params, followed.x
+        return *map(with_none, masks, (weights[:n], weights[n:], x)), None
 
     recorded_step.defvjp(forward, backward, symbolic_zeros=True)
     apart = dataclasses.replace(closure, closed_over=[])
@@ -106,16 +107,30 @@ def call_with_pace(
     return recorded_step(closure.closed_over, *leaves, (tape, apart))
 
 
+class Given(NamedTuple):
+    """Residuals that are not read from the tape."""
+
+    newest: list  # those that the newest step left on the ring
+    invariant: list  # those that depend on parameters alone
+
+
 class Moved(NamedTuple):
     """What moving the chains gives."""
 
     tape: Tape  # with the chains where they are now
-    weights: list  # cotangents of closed-over arrays, then of params
+    unfinished: list["Unfinished"]  # of the weights' cotangents, for each pullback of the call
     x: list  # x̄ of the newest step
 
 
+class Unfinished(NamedTuple):
+    """A sum over lags before its products: see `Contraction`."""
+
+    operands: list  # each (lags, *operand.shape)
+    sums: list
+
+
 def move_chains(
-    closure: Closure, tape: Tape, given: "Given", ct_y: list, *, asked: Mask, closed_over: Wanted
+    closure: Closure, tape: Tape, given: Given, ct_y: list, *, asked: Mask, closed_over: Wanted
 ) -> Moved:
     """Starts the chain of the newest step and takes all chains in flight `pace` lags further.
 
@@ -127,47 +142,81 @@ def move_chains(
         asked: which leaves these are, of those that are followed.
         closed_over: which closed-over arrays' cotangents are wanted.
     """
-    chains = _Chains(closure, columns_of(tape), given.invariant, settings_of(tape), closed_over)
+    settings = settings_of(tape)
+    chains = _Chains(closure, columns_of(tape), given.invariant, settings)
+    first, *others = _divided(closure, settings, asked, closed_over)
     # The newest step's chain begins in its column, where the oldest one has come to its end.
     own = chains.ages(0) == 0
     lam = [select(~own, v) for v in chains.columns.in_flight.lam]
-    without_y, with_y = closure.pullback(y=False), closure.pullback(y=asked)
     if closure.indifferent_to_y:
         # One batch of all chains: the others' ȳ is zero, and costs next to nothing.
-        begun = chains.at_lag(with_y, lam, [select(own, v[None]) for v in ct_y], own | ~own)
+        lam, unfinished = chains.at_lag(
+            first, lam, [select(own, v[None]) for v in ct_y], own | ~own
+        )
+        parts = [unfinished]
     else:
         # ȳ by itself costs much, as of a loss head: only the new chain's own step pays for it.
-        older = chains.at_lag(without_y, lam, [], ~own)
-        newest = chains.of_newest(with_y, given.newest, ct_y)
-        lam = [v + select(own, u[None]) for v, u in zip(older.lam, newest.lam, strict=True)]
-        begun = _Made(lam, _sum(older.weights, newest.weights))
-    made = _Made(chains.turned(begun.lam, 0), begun.weights)
-    if settings_of(tape).pace != 1:
-        older = chains.at_later_lags(without_y, made.lam)
-        made = _Made(older.lam, _sum(made.weights, older.weights))
-    return Moved(
-        with_chains(tape, made.lam),
-        dense_weights(closure, made.weights),
-        chains.newest_x(with_y, given.newest, ct_y),
-    )
+        newest, of_newest = chains.of_newest(first, given.newest, ct_y)
+        lam, unfinished = chains.at_lag(others[0], lam, [], ~own)
+        lam = [v + select(own, u[None]) for v, u in zip(lam, newest, strict=True)]
+        parts = [of_newest, unfinished]
+    lam = chains.turned(lam, 0)
+    if settings.pace != 1:
+        lam, unfinished = chains.at_later_lags(others[-1], lam)
+        parts.append(unfinished)
+    x = chains.newest_x(closure.pullback(y=asked), given.newest, ct_y)
+    return Moved(with_chains(tape, lam), parts, x)
 
 
-class Given(NamedTuple):
-    """Residuals that are not read from the tape."""
+def finish(
+    closure: Closure,
+    settings: Settings,
+    invariant: list,
+    unfinished: list[Unfinished],
+    *,
+    asked: Mask,
+    closed_over: Wanted,
+    scale: Any = None,
+) -> list:
+    """The weights' cotangents of a call, in the weights' own dtypes: closed-over arrays, params.
 
-    newest: list  # those that the newest step left on the ring
-    invariant: list  # those that depend on parameters alone
+    Args:
+        closure: the traced step.
+        settings: what the tape is for.
+        invariant: the residuals that depend on parameters alone.
+        unfinished: what `move_chains` left, with the same `asked` and `closed_over`.
+        asked: see `move_chains`.
+        closed_over: see `move_chains`.
+        scale: a factor, None for one. It comes before what is summed over a mesh is summed.
+    """
+    contractions = _divided(closure, settings, asked, closed_over)
+    total: list[Value] = [ZERO] * sum(map(len, (closure.kinds.closed_over, closure.kinds.params)))
+    for contraction, (operands, sums) in zip(contractions, unfinished, strict=True):
+        contracted = contraction.contract(operands)
+        if scale is not None:
+            contracted, sums = (
+                [scale.astype(v.dtype) * v for v in vs] for vs in (contracted, sums)
+            )
+        of_call = contraction.finish(invariant, contracted, sums)
+        total = [plus(*pair) for pair in zip(total, of_call, strict=True)]
+    return dense_weights(closure, total)
 
 
-class _Made(NamedTuple):
-    """λ of all chains, in columns, and cotangents of the weights: arrays or ZERO."""
+def _divided(
+    closure: Closure, settings: Settings, asked: Mask, closed_over: Wanted
+) -> list[Contraction]:
+    """The pullbacks of a call in the order in which `move_chains` uses them, divided."""
 
-    lam: list
-    weights: list
+    def divided(pullback: Pullback) -> Contraction:
+        weights = or_zero(closed_over, pullback.outputs.closed_over)
+        return pullback.divide([*weights, *pullback.outputs.params], pullback.outputs.carry)
 
-
-def _sum(a: list, b: list) -> list:
-    return [plus(*pair) for pair in zip(a, b, strict=True)]
+    pullbacks = [closure.pullback(y=asked)]
+    if not closure.indifferent_to_y:
+        pullbacks.append(closure.pullback(y=False))
+    if settings.pace != 1:
+        pullbacks.append(closure.pullback(y=False))
+    return list(map(divided, pullbacks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +227,6 @@ class _Chains:
     columns: Columns
     invariant: list
     settings: Settings
-    closed_over: Wanted
 
     @property
     def pace(self) -> int:
@@ -191,17 +239,16 @@ class _Chains:
         count = self.settings.slots[1]
         return (self.columns.quotient(lag) - jnp.arange(count, dtype=jnp.int32)) % count
 
-    def at_lag(self, pullback: Pullback, lam: list, ct_y: list, counted: jax.Array) -> _Made:
-        """All chains at lag 0 of the call, `counted` saying in which columns."""
-        contraction = self._divided(pullback)
-        moved = self._one_lag(
-            contraction, lam, contraction.zero_sums(), ct_y, jnp.int32(0), counted
-        )
-        return _Made(moved.lam, self._weights(contraction, moved.operands, moved.sums))
+    def at_lag(
+        self, contraction: Contraction, lam: list, ct_y: list, counted: jax.Array
+    ) -> tuple[list, Unfinished]:
+        """λ after lag 0 of the call, of the chains in the columns that are counted."""
+        sums, lag = contraction.zero_sums(), jnp.int32(0)
+        moved = self._one_lag(contraction, lam, sums, ct_y, lag, counted)
+        return moved.lam, Unfinished(moved.operands, moved.sums)
 
-    def at_later_lags(self, pullback: Pullback, lam: list) -> _Made:
-        """All chains at the lags of the call after the first."""
-        contraction = self._divided(pullback)
+    def at_later_lags(self, contraction: Contraction, lam: list) -> tuple[list, Unfinished]:
+        """λ after the lags of the call behind the first."""
         every = jnp.ones(self.settings.slots[1], bool)
 
         def trip(state: Any, lag: Any) -> tuple[Any, list]:
@@ -211,16 +258,16 @@ class _Chains:
 
         lags = jnp.arange(1, self.pace, dtype=jnp.int32)
         (lam, sums), stacks = lax_scan(trip, (lam, contraction.zero_sums()), lags)
-        operands = [v.reshape(-1, *v.shape[2:]) for v in stacks]
-        return _Made(lam, self._weights(contraction, operands, sums))
+        return lam, Unfinished([v.reshape(-1, *v.shape[2:]) for v in stacks], sums)
 
-    def of_newest(self, pullback: Pullback, residuals: list, ct_y: list) -> _Made:
-        """The newest step's chain at its first lag, alone."""
-        contraction = self._divided(pullback)
+    def of_newest(
+        self, contraction: Contraction, residuals: list, ct_y: list
+    ) -> tuple[list, Unfinished]:
+        """λ of the newest step's chain after its first lag, alone."""
         made = contraction.at_lag([*residuals, *self.invariant, *self._no_lam(), *ct_y])
         sums = contraction.add(contraction.zero_sums(), made.summands, True)
-        weights = self._weights(contraction, [v[None] for v in made.operands], sums)
-        return _Made(densify(made.outs, self.closure.kinds.carry), weights)
+        lam = densify(made.outs, self.closure.kinds.carry)
+        return lam, Unfinished([v[None] for v in made.operands], sums)
 
     def newest_x(self, pullback: Pullback, residuals: list, ct_y: list) -> list:
         """x̄ of the newest step, of which the chains themselves keep nothing."""
@@ -263,14 +310,6 @@ class _Chains:
             contraction.add_batch(sums, made.summands, live),
             [select(live, v) for v in made.operands],
         )
-
-    def _divided(self, pullback: Pullback) -> Contraction:
-        outputs = pullback.outputs
-        weights = [*or_zero(self.closed_over, outputs.closed_over), *outputs.params]
-        return pullback.divide(weights, outputs.carry)
-
-    def _weights(self, contraction: Contraction, operands: list, sums: list) -> list:
-        return contraction.finish(self.invariant, contraction.contract(operands), sums)
 
     def _no_lam(self) -> list:
         return [zeros(kind) for kind in self.closure.kinds.carry]

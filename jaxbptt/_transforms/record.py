@@ -24,7 +24,7 @@ from jaxbptt._transforms.cotangents import (
     with_none,
     without_symbolic,
 )
-from jaxbptt._transforms.pace import Given, call_with_pace, move_chains
+from jaxbptt._transforms.pace import Given, call_with_pace, finish, move_chains
 from jaxbptt._transforms.tape import (
     Settings,
     Tape,
@@ -164,17 +164,14 @@ class Recorder:
         made = closure.run(*leaves)
         carry, y, _ = made.step
         (_, value), ct_y = value_and_ct_y(loss, y)
-        followed = closure.layout.followed
-        moved = move_chains(
-            closure,
-            push(tape, carry, made.recorded),
-            Given(made.recorded, made.invariant),
-            pick(closure.layout.followed_y, jax.tree.leaves(ct_y)),
-            asked=(True,) * sum(closure.layout.followed_y),
-            closed_over=False,
-        )
-        grads = moved.weights[len(closure.kinds.closed_over) :]
-        return moved.tape, value, with_float0(followed.params, grads, params)
+        pushed, given = push(tape, carry, made.recorded), Given(made.recorded, made.invariant)
+        ct_y = pick(closure.layout.followed_y, jax.tree.leaves(ct_y))
+        how: Any = {"asked": (True,) * len(ct_y), "closed_over": False}
+        moved = move_chains(closure, pushed, given, ct_y, **how)
+        settings, unfinished = settings_of(tape), moved.unfinished
+        weights = finish(closure, settings, made.invariant, unfinished, **how)
+        grads = weights[len(closure.kinds.closed_over) :]
+        return moved.tape, value, with_float0(closure.layout.followed.params, grads, params)
 
     def pullback(
         self, params: PyTree, tape: Tape, ct_ys: PyTree, ct_carry: PyTree = None
