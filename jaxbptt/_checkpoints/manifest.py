@@ -26,7 +26,7 @@ from jaxbptt._version import __version__
 Manifest = dict[str, Any]
 
 _FORMAT = 1
-_OPTIONS = ("window", "every", "weights", "x")
+_OPTIONS = ("window", "every", "weights", "pace", "x")
 _CLEAR = "restore(like, clear=True) gives all else back, with the tape empty."
 
 
@@ -103,7 +103,7 @@ class TapeRecorders:
     def _entry_of_tape(self, i: int, tape: Tape) -> Manifest:
         """Describes a tape of the recorder number i, and checks that it is of that recorder."""
         rec, settings = self.recorders[i], settings_of(tape)
-        for name in ("windows", "every", "weights"):
+        for name in ("windows", "every", "weights", "pace"):
             if getattr(settings, name) != getattr(rec, name):
                 raise _errors.other_setting(name, getattr(rec, name), getattr(settings, name))
         # Tracing is slow next to a save, and a run saves the same tape again and again.
@@ -215,12 +215,14 @@ def _versions() -> Manifest:
 def _describe(rec: Recorder, settings: Settings) -> TapeEntry:
     """Describes the tapes of a recorder that have these settings. Traces the step once."""
     options = {"window": repr(rec.window), "every": rec.every, "weights": rec.weights}
+    if rec.pace is not None:  # manifests without one are older than the option
+        options["pace"] = rec.pace
     options["x"] = ", ".join(map(str, settings.x.leaves))
     types = (_off_mesh(kind) for kind in (settings.params, settings.carry, settings.x))
     params, carry, x = map(structs_of, types)
     try:
         with without_mesh():
-            closure = trace_recorder(rec, params, carry, x)
+            closure = trace_recorder(rec, params, carry, x, settings.sources)
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -274,7 +276,7 @@ def _differences(
         asked: the entry of the tape at the same path in `ours`.
     """
     pairs = [(f"JAX {theirs['jax']}", f"JAX {ours['jax']}")]
-    pairs += [(f"{key}={saved[key]}", f"{key}={asked[key]}") for key in _OPTIONS]
+    pairs += [(f"{key}={saved.get(key)}", f"{key}={asked.get(key)}") for key in _OPTIONS]
     differ = [pair for pair in pairs if pair[0] != pair[1]]
     # With other options, or under another JAX, a step has another fingerprint in any case.
     if differ or saved["step"] == asked["step"]:
