@@ -30,7 +30,7 @@ from jaxbptt._transforms.resets import with_resets
 from jaxbptt._transforms.scan import scan
 from jaxbptt._transforms.tape import Tape
 from jaxbptt._version import __version__
-from jaxbptt._windows import RandomWindow, random_window
+from jaxbptt._windows import RandomReach, RandomWindow, random_reach, random_window
 
 __all__ = [
     "ByLag",
@@ -41,6 +41,7 @@ __all__ = [
     "Learner",
     "LearnerState",
     "Metrics",
+    "RandomReach",
     "RandomWindow",
     "Recorder",
     "Report",
@@ -55,6 +56,7 @@ __all__ = [
     "gradient_by_lag",
     "learner",
     "plot_by_lag",
+    "random_reach",
     "random_window",
     "record",
     "scan",

@@ -213,6 +213,23 @@ def loss_not_scalar_with_pace(got: TreeType) -> TypeError:
     )
 
 
+def not_a_reach(value: Any) -> ValueError:
+    """The error for a reach that is no number of lags."""
+    return ValueError(
+        f"reach must be an int, an integer scalar or a random_reach, but got {describe(value)}. "
+        "It counts the lags that this call goes back, the newest step's among them."
+    )
+
+
+def traced_reach_again() -> ValueError:
+    """The error for a derivative of a gradient whose reach is known only when it runs."""
+    return ValueError(
+        "reach must be a Python int where the gradient is differentiated again, but it is known "
+        "only when the call runs, and a loop of so many lags has no reverse mode. Pass an int, or "
+        "leave it out."
+    )
+
+
 def no_pace() -> ValueError:
     """The error for advance without a pace."""
     return ValueError(

@@ -146,3 +146,101 @@ def random_window(key: jax.Array, mean: float, alpha: float = 6.0) -> RandomWind
     _errors.above_one("mean", mean, "it counts the steps between two cuts, on average")
     _errors.above_one("alpha", alpha, "long stretches are rare as their length to the power -alpha")
     return RandomWindow(key, float(mean), float(alpha))
+
+
+# ------------------------------------------------------------ how far one call goes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RandomReach:
+    """A reach that is drawn; made by `random_reach`."""
+
+    key: jax.Array
+    mean: float = dataclasses.field(metadata={"static": True})
+
+
+def random_reach(key: jax.Array, mean: float) -> RandomReach:
+    """A reach for one call of a recorder whose expected gradient is the whole window's.
+
+    Lag k is reached with probability (1 - 1/mean)ᵏ, and what goes on to it is divided by the
+    probability of each further step, so that the mean over the keys is the gradient of the whole
+    window, for the price of `mean` lags on average (fewer where the window ends before).
+    What that costs is variance: where it is there, the term at lag k is multiplied by
+    (1 - 1/mean)⁻ᵏ.
+
+    Args:
+        key: a key for `jax.random`; give every call a key of its own.
+        mean: lags that a call goes back, on average, were the window endless; a number above 1.
+
+    Returns:
+        A `RandomReach`, to be given as `reach`.
+
+    Raises:
+        ValueError: `mean` is not a number above 1.
+
+    References:
+        Beatson & Adams, "Efficient Optimization of Loops and Limits with Randomized Telescoping
+        Sums", ICML 2019 (the estimator); Tallec & Ollivier, 2017 (of the kind, for chunks).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxbptt
+        >>> rec = jaxbptt.record(lambda w, c, x: (w * c + x, w * c + x), window=4)
+        >>> tape = rec.init(0.5, 0.0, 0.0)
+        >>> for _ in range(4):
+        ...     tape, y = rec(0.5, tape, 1.0)
+        >>> def gradient(key):
+        ...     reach = jaxbptt.random_reach(key, mean=2)
+        ...     return rec.pullback(0.5, tape, jnp.ones(1), reach=reach).params
+        >>> keys = jax.random.split(jax.random.key(0), 20_000)
+        >>> exact = rec.pullback(0.5, tape, jnp.ones(1)).params
+        >>> abs(float(jax.vmap(gradient)(keys).mean() - exact)) < 0.02
+        True
+    """
+    _errors.above_one("mean", mean, "it counts the lags that a call goes back, on average")
+    return RandomReach(key, float(mean))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """How many lags one call goes back, the newest step's among them.
+
+    Attributes:
+        lags: an int, or an int32 scalar that is known when the call runs.
+        keep: the probability of each further lag, by which what goes on is divided; static.
+    """
+
+    lags: int | jax.Array
+    keep: float = 1.0
+
+    @classmethod
+    def of(cls, reach: int | jax.Array | RandomReach | None, window: int) -> "Reach | None":
+        """A reach as it was given, cut to 1 … window.
+
+        Raises:
+            ValueError: it is neither an int nor an integer scalar nor drawn.
+        """
+        if reach is None:
+            return None
+        if isinstance(reach, RandomReach):
+            keep = 1 - 1 / reach.mean
+            # The number of lags n has P(n > k) = keepᵏ.
+            least = float(jnp.finfo(jnp.float32).tiny)
+            u = jax.random.uniform(reach.key, dtype=jnp.float32, minval=least)
+            further = jnp.log(u) / jnp.log(jnp.float32(keep))
+            lags = 1 + jnp.minimum(further, window).astype(jnp.int32)
+            return cls(jnp.clip(lags, 1, window), keep)
+        if isinstance(reach, int) and not isinstance(reach, bool):
+            return cls(min(max(reach, 1), window))
+        dtype, shape = getattr(reach, "dtype", None), getattr(reach, "shape", None)
+        if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.integer):
+            raise _errors.not_a_reach(reach)
+        return cls(jnp.clip(jnp.asarray(reach), 1, window).astype(jnp.int32))
+
+    @property
+    def traced(self) -> bool:
+        """Whether it is known only when the call runs."""
+        return not isinstance(self.lags, int)
+
+
+jax.tree_util.register_dataclass(Reach, data_fields=["lags"], meta_fields=["keep"])

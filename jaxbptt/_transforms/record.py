@@ -47,7 +47,7 @@ from jaxbptt._transforms.window_vjp import (
     tape_window,
 )
 from jaxbptt._types import LeafType, PyTree, StepFn, leaf_type, type_of
-from jaxbptt._windows import Windows
+from jaxbptt._windows import RandomReach, Reach, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,24 @@ class Recorder:
         closure = trace_recorder(self, params, carry, x)
         return _blank_tape(self, closure, params, carry, x)
 
-    def __call__(self, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
+    def __call__(
+        self,
+        params: PyTree,
+        tape: Tape,
+        x: PyTree,
+        *,
+        reach: int | jax.Array | RandomReach | None = None,
+    ) -> tuple[Tape, PyTree]:
         """Runs one step and records it.
 
         Args:
             params: parameters for this step, of the shapes given to `init`.
             tape: the tape that `init` or the last call returned.
             x: one input, of the shape given to `init`.
+            reach: how many lags the cotangents of this call go back, the newest step's among
+                them, as if the window were that long: an int or an integer scalar, which may be
+                traced, cut to 1 … window, or a `random_reach`; None for the window. With `every`
+                above 1 it counts from the group's end.
 
         Returns:
             The new tape and the step's y. In reverse mode a cotangent of y, and of the new
@@ -118,15 +129,22 @@ class Recorder:
                 shapes than it was made for.
 
         Cost:
-            One step and one slot written; in reverse mode `window` pullbacks of the step.
+            One step and one slot written; in reverse mode `window` pullbacks of the step, or as
+            many as the reach asks for, in blocks of 16 where it is traced. Under `vmap` the
+            longest reach counts. With a traced reach the gradient can't be differentiated again.
         """
         _errors.is_tape(tape, Tape)
         _errors.no_tape("params", params, Tape)
         _errors.no_tape("x", x, Tape)
         params, x = as_strong_arrays(params, "params"), as_strong_arrays(x, "x")
         closure, tape = closure_for(self, params, tape, x)
-        call = _call if self.pace is None else call_with_pace
-        tape, y, aux = call(closure, tape, params, x)
+        if self.pace is None:
+            back = Reach.of(reach, closure.layout.window)
+            tape, y, aux = _call(closure, tape, params, x, back)
+        elif reach is not None:
+            raise _errors.has_pace("reach")
+        else:
+            tape, y, aux = call_with_pace(closure, tape, params, x)
         return tape, (y, aux) if self.has_aux else y
 
     def advance(
@@ -174,7 +192,13 @@ class Recorder:
         return moved.tape, value, with_float0(closure.layout.followed.params, grads, params)
 
     def pullback(
-        self, params: PyTree, tape: Tape, ct_ys: PyTree, ct_carry: PyTree = None
+        self,
+        params: PyTree,
+        tape: Tape,
+        ct_ys: PyTree,
+        ct_carry: PyTree = None,
+        *,
+        reach: int | jax.Array | RandomReach | None = None,
     ) -> Cotangents:
         """Sends cotangents back through the recorded steps.
 
@@ -187,6 +211,7 @@ class Recorder:
                 (m, *y.shape), oldest first; of y without aux if `has_aux`. Leaves of y
                 that are integers take float0 arrays.
             ct_carry: cotangent of the tape's carry; None for zero.
+            reach: how many lags they go back, as if the window were that long; see the call.
 
         Returns:
             `Cotangents(params, carry, xs)`. Together the m outputs reach back over
@@ -206,7 +231,8 @@ class Recorder:
             raise _errors.has_pace("pullback")
         params, x = as_strong_arrays(params, "params"), x_struct(tape)
         closure, tape = closure_for(self, params, tape, x)
-        window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
+        back = Reach.of(reach, closure.layout.window)
+        window, arriving = given_window(closure, tape, params, ct_ys, ct_carry, back)
         ct = pull_window(closure, window, arriving, Wanted(closed_over=False, xs=True))
         of_params = ct.weights[len(closure.kinds.closed_over) :]
         length, followed = closure.layout.window, closure.layout.followed
@@ -427,16 +453,21 @@ def record_step(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
 # ------------------------------------------------------------ one call and its reverse mode
 
 
-def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape, PyTree, PyTree]:
+def _call(
+    closure: Closure, tape: Tape, params: PyTree, x: PyTree, reach: Reach | None
+) -> tuple[Tape, PyTree, PyTree]:
     """Runs the step and records it; returns (new tape, y, aux).
 
     Every array is an argument of the `custom_vjp`, what the step closes over included:
     a tracer that is only closed over would get no gradient, or outlive its trace.
     """
     every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
+    static = reach if reach is not None and not reach.traced else None
 
-    def run(closed_over: list, params: list, x: list, rest: tuple[Tape, Closure]) -> Any:
-        tape, closure = rest
+    def run(
+        closed_over: list, params: list, x: list, rest: tuple[Tape, Closure, Reach | None]
+    ) -> Any:
+        tape, closure, _ = rest
         bound = dataclasses.replace(closure, closed_over=closed_over)
         carry = jax.tree.leaves(tape.carry)
         made = bound.run(params, carry, x)
@@ -457,7 +488,8 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
         invariant = bound.invariant(params)
         # Only to run the window again are the parameters needed after this.
         bound = bound if replays else dataclasses.replace(bound, closed_over=[])
-        return outs, _Saved(outs[0], bound, params if replays else [], invariant, asked)
+        again = params if replays else []
+        return outs, _Saved(outs[0], bound, again, invariant, rest[2], asked)
 
     def backward(saved: _Saved, cts: Any) -> tuple[list | None, ...]:
         followed, kinds = saved.closure.layout.followed, saved.closure.kinds
@@ -465,14 +497,15 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
         of_carry = pick(followed.carry, jax.tree.leaves(ct_tape.carry))
         of_y = pick(saved.closure.layout.followed_y, jax.tree.leaves(ct_y))
         lam = without_symbolic(of_carry, kinds.carry)
-        ct = _pull_group(saved, lam, of_y)
+        ct = _pull_group(saved, static or saved.reach, lam, of_y)
         groups = followed.closed_over, followed.params, followed.x
         return *map(with_none, groups, ct), None
 
     recorded_step.defvjp(forward, backward, symbolic_zeros=True)
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
-    return recorded_step(closure.closed_over, *leaves, (tape, apart))
+    traced = None if static else reach
+    return recorded_step(closure.closed_over, *leaves, (tape, apart, traced))
 
 
 @jax.tree_util.register_dataclass
@@ -484,6 +517,7 @@ class _Saved:
     closure: Closure
     params: list  # to run the window again with
     invariant: list
+    reach: Reach | None  # where it is traced
     asked: Mask = dataclasses.field(metadata={"static": True})  # closed-over arrays with a gradient
 
 
@@ -495,7 +529,7 @@ class _GroupCotangents(NamedTuple):
     x: list
 
 
-def _pull_group(saved: _Saved, ct_carry: list, ct_y: list) -> _GroupCotangents:
+def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) -> _GroupCotangents:
     """The cotangents for the group that the newest step ends, or zeros."""
     closure, tape, kinds = saved.closure, saved.tape, saved.closure.kinds
     every = settings_of(tape).every
@@ -504,7 +538,7 @@ def _pull_group(saved: _Saved, ct_carry: list, ct_y: list) -> _GroupCotangents:
     of_y = pick(asked, ct_y)
 
     def back() -> _GroupCotangents:
-        window = tape_window(closure, tape, saved.params, saved.invariant, rows)
+        window = tape_window(closure, tape, saved.params, saved.invariant, rows, reach)
         ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in of_y]
         wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=False)
         ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)

@@ -8,6 +8,7 @@ the arrays that the step closes over, then the parameters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbptt import _errors
 from jaxbptt._arrays import where_or_zero, widened, zeros
 from jaxbptt._closure.closure import Closure, pick
 from jaxbptt._closure.contraction import AtLag, Contraction
@@ -25,8 +27,8 @@ from jaxbptt._jaxprs.loops import rows as rows_at
 from jaxbptt._jaxprs.loops import scan_stacking
 from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
 from jaxbptt._transforms.tape import Tape, reader, settings_of
-from jaxbptt._types import PyTree
-from jaxbptt._windows import reach_of_rows
+from jaxbptt._types import PyTree, leaf_type
+from jaxbptt._windows import Reach, reach_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Window:
         steps: how many lags there are at most (static).
         reach: lags from here on are not reached (may be traced).
         parts: of each leaf of λ, how many lags it is followed; nothing where that is all.
+        as_far: whether the loop over the lags ends where the reach does, and not at `steps`.
+        keep: λ is divided by this as it goes on to a further lag, ȳ by as much.
     """
 
     read: Callable[[Any], list]
@@ -46,6 +50,8 @@ class Window:
     steps: int
     reach: Any
     parts: tuple[int, ...] = ()
+    as_far: bool = False
+    keep: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +107,24 @@ def window_sums(
     closure: Closure, window: Window, arriving: Arriving, wanted: Wanted
 ) -> WindowCotangents:
     """`pull_window` with the weights' cotangents as they are added up: arrays or ZERO."""
+    if window.as_far:
+        carry, ys = once_differentiable((arriving.carry, arriving.ys))
+        arriving = arriving._replace(carry=carry, ys=ys)
     ct = WindowCotangents([], arriving.carry, [])
     for segment in _segments(closure, window, arriving):
         ct = ct.then(_sweep(closure, window, segment, ct.carry, wanted))
     return ct
+
+
+@jax.custom_jvp
+def once_differentiable(values: PyTree) -> PyTree:
+    """The values as they are, which no derivative may flow through: the loop has no fixed end."""
+    return values
+
+
+@once_differentiable.defjvp
+def _refuse_a_derivative(primals: Any, tangents: Any) -> Any:
+    raise _errors.traced_reach_again()
 
 
 class TermsByLag(NamedTuple):
@@ -148,8 +168,9 @@ class _Segment:
 
 def _segments(closure: Closure, window: Window, arriving: Arriving) -> list[_Segment]:
     """The window cut where a part's window is over, and where the last row of ȳ is."""
-    n, rows = len(closure.kinds.carry), arriving.rows
-    newest_first = [jnp.flip(leaf, 0) for leaf in arriving.ys]
+    # With a reach below the number of rows the older ones are not reached.
+    n, rows = len(closure.kinds.carry), min(arriving.rows, window.steps)
+    newest_first = [jnp.flip(leaf, 0)[:rows] for leaf in arriving.ys]
     # One loop is cheaper than two, where rows of zeros cost next to nothing.
     together = rows == window.steps or (closure.indifferent_to_y and not window.parts)
     if together:
@@ -223,24 +244,83 @@ def _sweep(
     def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
         lag, ct_y = row
-        live = lag < window.reach
+        live = (lag < window.reach) & (lag < segment.stop)
+        ct_y = _scaled(ct_y, window.keep, -lag) if window.keep != 1 else ct_y
         args = [*window.read(lag), *window.invariant, *pick(alive, lam), *ct_y]
         made = _at_lag(contraction, args, [*kinds.carry, *x_kinds], live)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
         older, xs = made.outs[: len(lam)], made.outs[len(lam) :]
+        older = _scaled(older, window.keep, jnp.int32(-1)) if window.keep != 1 else older
         lam = _each(jnp.where, [live & a for a in alive], older, lam)
         kept = [where_or_zero(live, v) for v in (*xs, *made.operands)]
         return (lam, contraction.add(sums, made.summands, live)), kept
 
-    lags = jnp.arange(segment.start, segment.stop, dtype=jnp.int32)
+    state = lam, contraction.zero_sums()
     kept_kinds = [*x_kinds, *(v.aval for v in contraction.operands)]
+    if window.as_far:
+        return _blocks_as_far_as_the_reach(contraction, window, segment, trip, state, x_kinds)
+    lags = jnp.arange(segment.start, segment.stop, dtype=jnp.int32)
     (lam, sums), kept = scan_stacking(
-        trip, (lam, contraction.zero_sums()), (lags, segment.ct_ys), kept_kinds, len(lags), first=0
+        trip, state, (lags, segment.ct_ys), kept_kinds, len(lags), first=0
     )
     xs, operands = kept[: len(x_kinds)], kept[len(x_kinds) :]
     weights = contraction.finish(window.invariant, contraction.contract(operands), sums)
     return WindowCotangents(weights, lam, xs)
+
+
+_BLOCK = 16  # lags between two looks at the reach: fewer would contract the weights more often
+
+
+def _blocks_as_far_as_the_reach(
+    contraction: Contraction,
+    window: Window,
+    segment: _Segment,
+    trip: Callable,
+    state: tuple[list, list],
+    x_kinds: list,
+) -> WindowCotangents:
+    """A segment's lags in blocks, as many as the reach asks for, each contracted at its end."""
+    length = segment.stop - segment.start
+    block = min(_BLOCK, length)
+    rows = -(-length // block) * block
+    ct_ys = [padded(leaf, rows - length) for leaf in segment.ct_ys]
+    kinds = [*x_kinds, *(v.aval for v in contraction.operands)]
+    n = len(x_kinds)
+    # x̄ of the lags that are never walked is zero.
+    xs = [zeros(leaf_type(kind).stacked(rows)) for kind in x_kinds]
+
+    def goes_on(carried: tuple) -> Any:
+        return segment.start + carried[0] < jnp.minimum(window.reach, segment.stop)
+
+    def of_block(carried: tuple) -> tuple:
+        begin, state, contracted, xs = carried
+        lags = segment.start + begin + jnp.arange(block, dtype=jnp.int32)
+        these = [lax.dynamic_slice_in_dim(leaf, begin, block) for leaf in ct_ys]
+        state, kept = scan_stacking(trip, state, (lags, these), kinds, block, first=96)
+        made = contraction.contract(kept[n:])
+        contracted = [total + v for total, v in zip(contracted, made, strict=True)]
+        xs = [
+            lax.dynamic_update_slice_in_dim(all_, v, begin, 0)
+            for all_, v in zip(xs, kept[:n], strict=True)
+        ]
+        return begin + block, state, contracted, xs
+
+    carried = jnp.int32(0), state, contraction.zero_contractions(), xs
+    _, (lam, sums), contracted, xs = lax.while_loop(goes_on, of_block, carried)
+    weights = contraction.finish(window.invariant, contracted, sums)
+    return WindowCotangents(weights, lam, [v[:length] for v in xs])
+
+
+def _scaled(values: list, base: float, power: jax.Array) -> list:
+    """Values times a power of a number, half precisions in float32."""
+
+    def one(value: jax.Array) -> jax.Array:
+        wide = widened(value)
+        factor = jnp.power(jnp.asarray(base, wide.real.dtype), power.astype(wide.real.dtype))
+        return (wide * factor.astype(wide.dtype)).astype(value.dtype)
+
+    return list(map(one, values))
 
 
 def _at_lag(contraction: Contraction, args: list, kinds: list, live: Any) -> AtLag:
@@ -299,24 +379,57 @@ def _dense(value: Value, kind: Any) -> jax.Array:
 # ------------------------------------------------------------ what of a tape a cotangent meets
 
 
-def tape_window(closure: Closure, tape: Tape, params: list, invariant: list, rows: int) -> Window:
-    """What the last `rows` outputs of a group reach of a tape, as far as it is recorded."""
-    settings = settings_of(tape)
-    windows = closure.layout.window, *closure.layout.parts
+def tape_window(
+    closure: Closure,
+    tape: Tape,
+    params: list,
+    invariant: list,
+    rows: int,
+    reach: Reach | None = None,
+) -> Window:
+    """What the last `rows` outputs of a group reach of a tape, as far as it is recorded.
+
+    Args:
+        closure: the traced step.
+        tape: the tape after the newest step.
+        params: leaves of the parameters, for "replayed".
+        invariant: the residuals that depend on parameters alone.
+        rows: how many outputs send cotangents back.
+        reach: how many lags of the window count; None for all.
+    """
+    settings, windows = settings_of(tape), (closure.layout.window, *closure.layout.parts)
+    held, limit, recorded = settings.window, None, tape.length
+    if reach is not None and reach.traced:
+        tape, params, invariant = once_differentiable((tape, params, invariant))
+    if reach is not None:
+        recorded = jnp.minimum(recorded, reach.lags)
+        if isinstance(reach.lags, int):
+            held = min(held, reach.lags)
+            windows = tuple(min(w, held) for w in windows)
+        else:  # then only masks and the number of trips know of it
+            beyond = jnp.maximum(reach.lags - settings.every, 0)
+            limit = jnp.minimum(reach.lags, rows + beyond)
     steps, *parts = (reach_of_rows(w, rows, settings.every) for w in windows)
     read = reader(tape)
     if settings.weights == "replayed":
-        read = replayed(closure, params, read, settings.window, tape.length)
-    return Window(read, invariant, steps, jnp.minimum(tape.length, steps), tuple(parts))
+        read = replayed(closure, params, read, held, recorded, as_far=limit is not None)
+    farthest = jnp.minimum(tape.length, steps if limit is None else jnp.minimum(limit, steps))
+    keep = 1.0 if reach is None else reach.keep
+    return Window(read, invariant, steps, farthest, tuple(parts), limit is not None, keep)
 
 
 def given_window(
-    closure: Closure, tape: Tape, params: PyTree, ct_ys: PyTree, ct_carry: PyTree
+    closure: Closure,
+    tape: Tape,
+    params: PyTree,
+    ct_ys: PyTree,
+    ct_carry: PyTree,
+    reach: Reach | None = None,
 ) -> tuple[Window, Arriving]:
     """Checked cotangents from outside, and what they reach of a tape."""
     rows, ys = given_ct_ys(closure, ct_ys, closure.layout.window)
     lam, leaves = given_ct_carry(closure, tape.carry, ct_carry), jax.tree.leaves(params)
-    window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows)
+    window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows, reach)
     return window, Arriving(lam, ys, rows)
 
 
@@ -324,7 +437,13 @@ def given_window(
 
 
 def replayed(
-    closure: Closure, params: list, read: Callable[[Any], list], window: int, length: Any
+    closure: Closure,
+    params: list,
+    read: Callable[[Any], list],
+    window: int,
+    length: Any,
+    *,
+    as_far: bool = False,
 ) -> Callable[[Any], list]:
     """A function from a lag to the residuals of that step in the trajectory run again.
 
@@ -338,7 +457,8 @@ def replayed(
         read: from a lag to the carry and x of that step, the oldest step's beyond what is
             recorded.
         window: how many slots there are.
-        length: how many of them are recorded.
+        length: how many of them are recorded, and are to be run again.
+        as_far: whether the loop runs `length` steps, and not `window`.
     """
     n = len(closure.layout.followed.carry)
 
@@ -350,7 +470,19 @@ def replayed(
         made = closure.run(params, carry, x)
         return jax.tree.leaves(made.step[0]), made.recorded
 
-    lags = jnp.arange(window, dtype=jnp.int32)
-    oldest = read(window - 1)[:n]
-    _, stacks = scan_stacking(body, oldest, lags, closure.slot, window, first=48, reverse=True)
-    return lambda lag: rows_at(stacks, lag)
+    oldest = read(jnp.maximum(length - 1, 0) if as_far else window - 1)[:n]
+    if as_far:
+        stacks = [zeros(kind.stacked(window)) for kind in closure.slot]
+
+        def step_again(i: Any, state: tuple[list, list]) -> tuple[list, list]:
+            carry, stacks = state
+            lag = length - 1 - i
+            carry, residuals = body(carry, lag)
+            put = functools.partial(lax.dynamic_update_index_in_dim, index=lag, axis=0)
+            return carry, [put(v, u) for v, u in zip(stacks, residuals, strict=True)]
+
+        _, stacks = lax.fori_loop(0, length, step_again, (oldest, stacks))
+    else:
+        lags = jnp.arange(window, dtype=jnp.int32)
+        _, stacks = scan_stacking(body, oldest, lags, closure.slot, window, first=48, reverse=True)
+    return lambda lag: rows_at(stacks, jnp.minimum(lag, window - 1))
