@@ -1,8 +1,8 @@
 """The pullback of a step: the transpose of its linearization, for the outputs that are alive.
 
 A chain's older lags have no ȳ, and parts of the carry whose window is over have no λ. For each
-set of outputs that have a cotangent there is a program of its own, in which nothing is left
-of what only the others need: of a loss head in the step neither its products nor their operands.
+set of outputs that have a cotangent there is a program of its own, in which nothing is left of
+what only the others need: where no ȳ arrives, a loss head's products are gone.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from jaxbptt._jaxprs.evaluate import UNKNOWN, bind, drop, interpret, prune, vari
 from jaxbptt._jaxprs.partial_eval import known_rule
 from jaxbptt._jaxprs.primitives import CHEAP
 
-_MOST = 6  # of them at most for one residual
+_MOST = 6  # cheap equations at most that recompute one residual
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,6 +136,11 @@ def tabulate(
         640
     """
     recorder = record(step, window=window, weights=weights, has_aux=has_aux)
+    if weights == "replayed":
+        raise ValueError(
+            "weights must be 'stored' or 'current' for a table of residuals, but got 'replayed', "
+            "whose ring holds the carry and x of each step and nothing else."
+        )
     trees = {"params": params, "carry": carry, "x": x}
     given = {name: as_strong_arrays(tree, name, structs=True) for name, tree in trees.items()}
     nbytes = jax.eval_shape(recorder.init, *given.values()).nbytes

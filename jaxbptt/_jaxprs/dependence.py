@@ -1,7 +1,7 @@
 """Which outputs of a program have a derivative with respect to some of its inputs.
 
-JAX finds the same by symbolic zeros when it differentiates. What is known here
-before that may be a little more than what JAX finds, and is never less.
+JAX finds the same by symbolic zeros when it differentiates. This runs before that, and may say of
+too many outputs that they have one, never of too few.
 """
 
 from collections.abc import Sequence

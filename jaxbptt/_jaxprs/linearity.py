@@ -1,8 +1,8 @@
 """Whether a program is linear in some of its inputs, as a pullback should be in its cotangents.
 
-JAX's own pullbacks are. A `custom_vjp` rule of the user's need not be: one that clips its cotangent
-gives for a sum of two something else than the sum of what it gives for each. What is not
-known to be linear here counts as not linear, which costs time and no exactness.
+JAX's own pullbacks are. A `custom_vjp` rule of the user's need not be: clip(a + b) is not
+clip(a) + clip(b). What is not known to be linear here counts as not linear, which costs time and
+no exactness.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jax.extend import core
 from jaxbptt._compat import scan_counts
 from jaxbptt._jaxprs.primitives import BILINEAR, CALLS, IN_ALL, JOINT, LINEAR
 
-# Here a rule of the user's own loses nothing: what it computes is only looked at.
+# Inside of these too: they are only read here, and not rewritten.
 _CALLS = CALLS | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 # What a value is: independent of the inputs in question, zero, or linear in them.

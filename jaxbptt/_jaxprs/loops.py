@@ -1,8 +1,8 @@
 """Loops that stack what their iterations make, and loops in blocks of iterations.
 
-`lax.scan` begins all its stacks with the same zeros. Compilers make one array of those of one
-shape, so that each stack begins as a copy of it, again at each turn of a loop around. Stacks
-that begin with different numbers, of which none is ever read, are written where they lie.
+`lax.scan` begins all its stacks with zeros. XLA merges equal arrays of zeros, so that each stack is
+copied from a shared one, every time an enclosing loop runs. Stacks that begin with different
+numbers, none of which is ever read, are written where they lie.
 
 In blocks, what is kept for a block stays small, however long the loop is.
 """
@@ -19,7 +19,7 @@ from jaxbptt._types import leaf_type
 
 _NUMBERS = range(29, 128)  # seldom the step's own constants, and any integer dtype has them
 _SHARE = 0.15  # what a block keeps takes at most this share of what `jax.vjp` would hold
-_FEWEST = 8  # steps in a block: fewer save little memory, and cost a sum of all weights each
+_FEWEST = 8  # steps in a block: fewer save little memory, and each block adds all weights up once
 
 
 def scan_stacking(
@@ -41,7 +41,8 @@ def scan_stacking(
         rows: arrays, each (length, ...).
         kinds: types or abstract values of what one trip makes.
         length: how many trips.
-        first: which of the numbers the first stack begins with. Loops of one program have others.
+        first: an offset into the numbers that stacks begin with; each loop of a program has its
+            own range (see its callers).
         reverse: whether to start from the last row.
         unroll: how many trips one of the compiled loop has.
     """

@@ -27,7 +27,8 @@ from jaxbptt._jaxprs.evaluate import (
 def known_rule(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """Outputs that depend on an UNKNOWN input are UNKNOWN; loops and branches are split.
 
-    So is what has side effects, or comes of one: what a reference holds is not seen from here.
+    So are equations with side effects, and what depends on them: what a reference holds is not
+    seen from here.
     """
     if acts(eqn):
         return [UNKNOWN] * len(eqn.outvars)

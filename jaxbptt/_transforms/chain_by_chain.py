@@ -34,7 +34,7 @@ from jaxbptt._windows import reach_of_rows
 def is_needed(pullback: Pullback, groups: Groups) -> bool:
     """Whether chains have to be pulled back by themselves."""
     several = groups.chains > 1
-    # In a gap between the chains a pullback would act that nobody asked for.
+    # The common sweep would run side effects at steps that no chain reaches.
     return (several and not pullback.is_linear) or (pullback.acts and (several or groups.gaps))
 
 
@@ -43,7 +43,7 @@ class ChainSums(NamedTuple):
 
     weights: list
     carry: list
-    xs: list  # in Chains, with rows of padding where the steps before the first would be
+    xs: list  # padded in front (behind if reversed) by rows for steps before the first
 
 
 def pull_chains(chains: "SeparateChains", ct_carry: list) -> ChainSums:

@@ -29,7 +29,7 @@ class Groups:
     def of(
         cls, length: int, windows: Sequence[int], every: int, *, together: bool = True
     ) -> "Groups":
-        """The groups of a run, one where one does: all outputs in it, or nothing cut off.
+        """The groups of a run; a single group where that gives the same result.
 
         Args:
             length: how many steps there are.

@@ -343,6 +343,9 @@ def record(
         raise _errors.not_callable(step)
     windows = Windows.of(window)
     _errors.positive_int("every", every)
+    # What the mode decides, and where: what goes into a slot (`slot_types`, `record_step`,
+    # `_call`), which residuals are made of the parameters at hand (`trace_recorder`, and from there
+    # `Residuals`), and how a lag is read (`tape_window`).
     _errors.one_of("weights", weights, ("stored", "current", "replayed"))
     if pace is not None:
         _errors.positive_int("pace", pace)

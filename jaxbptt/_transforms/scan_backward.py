@@ -1,7 +1,7 @@
 """The reverse sweep over a whole run: every chain in flight, and each weight's contraction.
 
 One loop over the steps, newest first. The weights and x take one pullback, of the sum of
-the cotangents of all chains in flight (see `_chains`), for that pullback is linear. What
+the cotangents of all chains in flight (see `scan_chains.py`), for that pullback is linear. What
 the weights' contractions need is emitted for a block of steps and contracted at its end,
 so that the emitted operands never take more than a fraction of what the residuals take.
 """

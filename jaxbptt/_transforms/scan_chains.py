@@ -1,9 +1,9 @@
 """λ of every chain in flight: what enters a step, and what a step makes of it.
 
-Each leaf of λ has its chains in front. With one window they have slots, of group g the slot
-g % chains, for by the time that a slot's next group starts the one before is over: nothing is
-moved. With a window for each part they lie by age, youngest first, so that those that are
-old enough to have lost a part are together, and are pulled back by a program without it.
+Each leaf of λ has its chains in front. With one window group g uses the slot g % chains: the
+group that used it before has ended by then, and nothing is moved. With a window for each part they
+lie by age, youngest first, so that those that are old enough to have lost a part are together,
+and are pulled back by a program without it.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ def record_run(
     state, row = jaxpr.invars[m : m + n], jaxpr.invars[m + n :]
     ys = jaxpr.outvars[n : len(closure.layout.outputs.leaves)]
     residuals = [jaxpr.outvars[i] for i in closure.layout.recorded]
-    made = [v for v in residuals if v not in row]  # what x itself is, xs already hold
+    made = [v for v in residuals if v not in row]  # residuals that are x itself are in xs already
     fission = divide(jaxpr.eqns, env, row, state, jaxpr.outvars[:n], ys + made)
 
     out_bytes = size_in_bytes(v.aval for v in ys + made)

@@ -223,8 +223,9 @@ def _spec(sharding: Any) -> str:
 def reader(tape: Tape) -> Callable[[Any], list[jax.Array]]:
     """A function from lag (0 is the newest step) to that step's residuals.
 
-    Beyond what is recorded it gives the oldest step again, never an unwritten slot:
-    its values are masked, but masking can't undo a NaN in a derivative.
+    Beyond what is recorded it gives the oldest step again, and an unwritten slot only where nothing
+    is recorded at all. What is made of such a step is masked afterwards (`live` in `window_vjp`);
+    but a mask can't undo a NaN in a derivative, which zeros in a slot may give.
     """
     ring = tape._ring
     window = ring[0].shape[0] if ring else 1

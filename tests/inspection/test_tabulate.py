@@ -464,6 +464,7 @@ def test_the_table_is_aligned_and_the_largest_comes_first():
             ValueError,
             "weights must be 'stored', 'current' or 'replayed', but got 'old'",
         ),
+        ({"weights": "replayed"}, ValueError, "weights must be 'stored' or 'current' for a table"),
         ({"x": "text"}, ValueError, "x must be an array or a number, but got 'text'"),
         ({"carry": {"h": "text"}}, ValueError, r"carry\['h'\] must be an array or a number"),
         ({"has_aux": True}, TypeError, r"step must return y as a pair \(y, aux\)"),
