@@ -150,9 +150,8 @@ def move_chains(
     lam = [select(~own, v) for v in chains.columns.in_flight.lam]
     if closure.indifferent_to_y:
         # One batch of all chains: the others' ȳ is zero, and costs next to nothing.
-        lam, unfinished = chains.at_lag(
-            first, lam, [select(own, v[None]) for v in ct_y], own | ~own
-        )
+        of_own = [select(own, v[None]) for v in ct_y]
+        lam, unfinished = chains.at_lag(first, lam, of_own, jnp.ones_like(own))
         parts = [unfinished]
     else:
         # ȳ by itself costs much, as of a loss head: only the new chain's own step pays for it.
@@ -194,9 +193,8 @@ def finish(
     for contraction, (operands, sums) in zip(contractions, unfinished, strict=True):
         contracted = contraction.contract(operands)
         if scale is not None:
-            contracted, sums = (
-                [scale.astype(v.dtype) * v for v in vs] for vs in (contracted, sums)
-            )
+            contracted = [scale.astype(v.dtype) * v for v in contracted]
+            sums = [scale.astype(v.dtype) * v for v in sums]
         of_call = contraction.finish(invariant, contracted, sums)
         total = [plus(*pair) for pair in zip(total, of_call, strict=True)]
     return dense_weights(closure, total)
