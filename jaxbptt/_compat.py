@@ -47,6 +47,11 @@ def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
     return [a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True)]
 
 
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` is on, so that loops run as Python loops on concrete arrays."""
+    return bool(getattr(jax.config, "jax_disable_jit"))  # noqa: B009  set when JAX starts
+
+
 def without_mesh() -> contextlib.AbstractContextManager:
     """A context in which programs show no trace of a mesh that the caller has entered."""
     use = getattr(jax.sharding, "use_abstract_mesh", None)  # JAX 0.7 has none
