@@ -14,7 +14,7 @@ from jaxbptt._arrays import struct_like
 from jaxbptt._closure.closure import Closure, close, pick
 from jaxbptt._closure.pullbacks import Inputs, Mask
 from jaxbptt._closure.step import refuse_references
-from jaxbptt._compat import jit_is_disabled, lax_scan, scan_counts
+from jaxbptt._compat import call_with_rule, jit_is_disabled, lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
 from jaxbptt._jaxprs.evaluate import (
     bind,
@@ -105,7 +105,7 @@ def scan(
     _errors.positive_int("every", every)
     if drawn and every > 1:
         raise _errors.random_groups(every)
-    if callable(f):  # lax.scan refuses what is not before it looks at xs
+    if (windows is not None or drawn) and callable(f):  # else lax.scan says what is wrong
         _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
     if windows is not None:
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
@@ -233,7 +233,7 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     factors = None if cut.drawn is None else cut.drawn.factors(length)
-    return run(consts, init, values[n_consts + n_carry :], factors)
+    return call_with_rule(run, consts, init, values[n_consts + n_carry :], factors)
 
 
 def _strong(value: Any) -> Any:

@@ -369,6 +369,7 @@ def test_inside_shard_map_with_checked_axes(window):
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(None, "i")), out_specs=P())
     w, xs = draw(0, 3, 3), draw(1, 5, 2, 3)
+    np.testing.assert_allclose(sharded(w, xs), alone(w, xs), rtol=1e-12)  # without jit too
     grads = [jax.jit(jax.grad(run))(w, xs) for run in (sharded, alone)]
     assert worst(*grads) < 1e-12
 
@@ -556,6 +557,23 @@ def test_what_cannot_be_called_is_refused_before_xs_are_looked_at():
     for window in (2, None):
         with pytest.raises(TypeError, match="f argument should be a callable"):
             jaxbptt.scan(42, 0.0, 1.0, window=window)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="references came with JAX 0.8")
+def test_rows_of_a_reference_are_read_and_written_where_nothing_is_cut():
+    def loss(scan, xs):
+        rows = jax.new_ref(xs)
+
+        def step(c, row):
+            row[...] = 2.0 * row[...]
+            return c * row[...], None
+
+        return scan(step, 1.0, rows)[0] + jnp.sum(rows[...] ** 2)
+
+    xs = draw(0, 3)
+    scans = functools.partial(jaxbptt.scan, window=None), lax.scan
+    got, want = [jax.value_and_grad(functools.partial(loss, scan))(xs) for scan in scans]
+    assert worst(got, want) < 1e-13
 
 
 @pytest.mark.parametrize("window", [2, None])
