@@ -105,8 +105,8 @@ def scan(
     _errors.positive_int("every", every)
     if drawn and every > 1:
         raise _errors.random_groups(every)
-    if (windows is not None or drawn) and callable(f):  # else lax.scan says what is wrong
-        _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
+    if callable(f):  # else lax.scan says so
+        _errors.has_steps(type_of(jax.tree.map(jax.typeof, xs)))
     if windows is not None:
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
         windows = Windows.of(by_leaf or windows.longest)
