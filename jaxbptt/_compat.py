@@ -1,7 +1,7 @@
 """What differs between the releases of JAX, and `lax.scan` as it was at import."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,21 @@ def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
 
 def _same_rank(outside: Sequence[Any], inside: Sequence[Any]) -> list[bool]:
     return [a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True)]
+
+
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` is on, so that loops run as Python loops on concrete arrays."""
+    return bool(getattr(jax.config, "jax_disable_jit"))  # noqa: B009  set when JAX starts
+
+
+def call_with_rule(run: Callable, *args: Any) -> Any:
+    """Calls a `custom_vjp` that takes symbolic zeros, in a `shard_map` without jit too."""
+    try:
+        return run(*args)
+    except NotImplementedError as refused:  # before anything ran
+        if "shard_map" not in str(refused):
+            raise
+        return jax.jit(run)(*args)
 
 
 def without_mesh() -> contextlib.AbstractContextManager:

@@ -285,6 +285,15 @@ def has_steps(xs: TreeType) -> None:
             )
 
 
+def symbolic_shapes() -> ValueError:
+    """The error for a truncated derivative of a run whose shapes are not all numbers."""
+    return ValueError(
+        "init, xs and what f closes over must have sizes that are numbers where scan is "
+        "differentiated with a window, but got symbolic dimensions (of jax.export). Export for "
+        "each size, or leave all in the gradient: window=None."
+    )
+
+
 def _by_path(kind: TreeType) -> dict[str, LeafType]:
     return {keystr(path): leaf for path, leaf in tree_flatten_with_path(kind.tree())[0]}
 

@@ -1,5 +1,6 @@
 """Programs, and how their equations are run, inlined and left out."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,7 +75,8 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
 def bind(eqn: core.JaxprEqn, values: list) -> list:
     """Runs one equation on arrays."""
     functions, params = bind_params(eqn)
-    with eqn.ctx.manager:
+    scope = str(eqn.source_info.name_stack)  # profilers show what jax.named_scope called it
+    with eqn.ctx.manager, jax.named_scope(scope) if scope else contextlib.nullcontext():
         outs = eqn.primitive.bind(*functions, *values, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
@@ -114,6 +116,12 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
     whole.__name__ = _WHOLE
     return jax.make_jaxpr(jax.jit(whole))(*(struct_like(v.aval) for v in closed.jaxpr.invars))
+
+
+def has_symbolic_shapes(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation takes or gives arrays with dimensions that are not numbers."""
+    sizes = [d for v in (*eqn.invars, *eqn.outvars) for d in getattr(v.aval, "shape", ())]
+    return not all(isinstance(d, int) for d in sizes)
 
 
 def has_references(jaxpr: core.Jaxpr, *, deep: bool = False) -> bool:

@@ -14,9 +14,14 @@ from jaxbptt._arrays import struct_like
 from jaxbptt._closure.closure import Closure, close, pick
 from jaxbptt._closure.pullbacks import Inputs, Mask
 from jaxbptt._closure.step import refuse_references
-from jaxbptt._compat import lax_scan, scan_counts
+from jaxbptt._compat import call_with_rule, jit_is_disabled, lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
-from jaxbptt._jaxprs.evaluate import bind, has_references, is_reference
+from jaxbptt._jaxprs.evaluate import (
+    bind,
+    has_references,
+    has_symbolic_shapes,
+    is_reference,
+)
 from jaxbptt._transforms.cotangents import (
     is_symbolic_zero,
     primal_values,
@@ -117,15 +122,19 @@ def scan(
     _errors.positive_int("every", every)
     if drawn and every > 1:
         raise _errors.random_groups(every)
-    _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
+    if callable(f):  # else lax.scan says so
+        _errors.has_steps(type_of(jax.tree.map(jax.typeof, xs)))
     if windows is not None:
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
         windows = Windows.of(by_leaf or windows.longest)
-    if windows or drawn:
+    if (windows or drawn) and callable(f):
         f = _unforwarded(f, ys_too=windows is not None and windows.longest < every)
 
     def plain(init: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
         return lax_scan(f, init, xs, length, reverse, unroll, _split_transpose)
+
+    if not windows and not drawn and jit_is_disabled():
+        return plain(init, xs)  # a Python loop, which JAX differentiates step by step
 
     # lax.scan itself checks, promotes and hoists; what it leaves is one equation. With
     # jit disabled it would leave none.
@@ -198,11 +207,14 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     Only when it is differentiated is a derivative traced, and then of what is perturbed alone.
     Every array is an argument of the `custom_vjp`: one only closed over gets no gradient.
     """
-    if not cut.windows and not cut.drawn and any(map(is_reference, eqn.invars)):
-        return bind(eqn, values)  # a derivative of our own can't write to references: JAX's does
+    symbolic = has_symbolic_shapes(eqn)
+    if not cut.windows and not cut.drawn and (symbolic or any(map(is_reference, eqn.invars))):
+        # A derivative of our own neither writes to references nor weighs unknown sizes: JAX's does.
+        return bind(eqn, values)
     refuse_references(eqn.invars)
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     n_consts, n_carry = scan_counts(eqn)
+    values = [_strong(v) for v in values]
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
 
     @jax.custom_vjp
@@ -210,6 +222,8 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         return bind(eqn, [*consts, *init, *xs])
 
     def forward(*args: Any) -> tuple[list, Any]:
+        if symbolic:
+            raise _errors.symbolic_shapes()
         perturbed = [v.perturbed for group in args[:3] for v in group]
         consts, init, xs, factors = primal_values(args)
         closure = _closure_of(eqn, perturbed)
@@ -236,7 +250,14 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     factors = None if cut.drawn is None else cut.drawn.factors(length)
-    return run(consts, init, values[n_consts + n_carry :], factors)
+    return call_with_rule(run, consts, init, values[n_consts + n_carry :], factors)
+
+
+def _strong(value: Any) -> Any:
+    """A weakly typed array made strong outside of our rule: its gradient is weak again by JAX's."""
+    if not getattr(value, "weak_type", False):
+        return value
+    return lax.convert_element_type(value, value.dtype)
 
 
 def _closure_of(eqn: core.JaxprEqn, perturbed: list[bool]) -> Closure:

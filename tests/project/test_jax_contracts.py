@@ -251,6 +251,21 @@ def rebind(eqn, values):
         return eqn.primitive.bind(*functions, *values, **params)
 
 
+def test_an_equation_knows_the_scopes_that_it_was_traced_in():
+    def run(x):
+        with jax.named_scope("outer"), jax.named_scope("inner"):
+            return jnp.sin(x)
+
+    assert str(equation(run, X, name="sin").source_info.name_stack) == "outer/inner"
+    assert not str(equation(jnp.sin, X, name="sin").source_info.name_stack)
+
+
+def test_the_configuration_says_whether_jit_is_disabled():
+    assert not jax.config.jax_disable_jit
+    with jax.disable_jit():
+        assert jax.config.jax_disable_jit
+
+
 def test_an_equation_is_run_again_from_its_own_parameters():
     eqn = equation(lambda x: x @ W, X, name="dot_general")
     np.testing.assert_allclose(rebind(eqn, [X, W]), X @ W)

@@ -369,6 +369,7 @@ def test_inside_shard_map_with_checked_axes(window):
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(None, "i")), out_specs=P())
     w, xs = draw(0, 3, 3), draw(1, 5, 2, 3)
+    np.testing.assert_allclose(sharded(w, xs), alone(w, xs), rtol=1e-12)  # without jit too
     grads = [jax.jit(jax.grad(run))(w, xs) for run in (sharded, alone)]
     assert worst(*grads) < 1e-12
 
@@ -550,6 +551,96 @@ def test_forward_mode_is_refused_by_jax():
 
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(run, (0.5,), (1.0,))
+
+
+def test_what_cannot_be_called_is_refused_before_xs_are_looked_at():
+    for window in (2, None):
+        with pytest.raises(TypeError, match="f argument should be a callable"):
+            jaxbptt.scan(42, 0.0, 1.0, window=window)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="references came with JAX 0.8")
+def test_rows_of_a_reference_are_read_and_written_where_nothing_is_cut():
+    def loss(scan, xs):
+        rows = jax.new_ref(xs)
+
+        def step(c, row):
+            row[...] = 2.0 * row[...]
+            return c * row[...], None
+
+        return scan(step, 1.0, rows)[0] + jnp.sum(rows[...] ** 2)
+
+    xs = draw(0, 3)
+    scans = functools.partial(jaxbptt.scan, window=None), lax.scan
+    got, want = [jax.value_and_grad(functools.partial(loss, scan))(xs) for scan in scans]
+    assert worst(got, want) < 1e-13
+
+
+@pytest.mark.parametrize("window", [2, None])
+def test_a_weakly_typed_argument_has_a_weakly_typed_gradient(window):
+    weak, strong = jnp.full(3, 0.5), draw(0, 3)
+    assert weak.weak_type
+    assert not strong.weak_type
+
+    def loss(w, init, xs):
+        step = lambda c, x: (jnp.tanh(w * c + x), c)  # noqa: E731
+        return jnp.sum(jaxbptt.scan(step, init, xs, window=window)[1])
+
+    for args in ((weak, strong, strong[:, None]), (strong, weak, weak[:, None])):
+        with jax.numpy_rank_promotion("allow"):
+            grads = jax.grad(loss, (0, 1, 2))(*args)
+        assert [g.weak_type for g in grads] == [v.weak_type for v in args]
+
+
+def test_the_names_of_scopes_stay_on_the_operations_of_a_gradient():
+    def run(w):
+        def step(c, x):
+            with jax.named_scope("the cell"):
+                return jnp.tanh(w * c + x), None
+
+        return jaxbptt.scan(step, 0.0, draw(0, 3), window=2)[0]
+
+    text = jax.jit(jax.grad(run)).lower(0.5).as_text(debug_info=True)
+    assert any("the cell" in line and "tanh" in line for line in text.splitlines())
+    assert any("the cell" in line and "transpose" in line for line in text.splitlines())
+
+
+def test_a_gradient_is_exported_for_any_length_and_batch():
+    export = pytest.importorskip("jax.export")
+
+    def grad(scan, w, xs):
+        def loss(w):
+            step = lambda c, x: (jnp.tanh(w * c + x), c)  # noqa: E731
+            return jnp.sum(scan(step, jnp.zeros_like(xs[0]), xs)[1])
+
+        return jax.grad(loss)(w)
+
+    ours = jax.jit(functools.partial(grad, functools.partial(jaxbptt.scan, window=None)))
+    length, batch = export.symbolic_shape("length, batch")
+    xs = jax.ShapeDtypeStruct((length, batch), float)
+    exported = export.export(ours)(jax.ShapeDtypeStruct((), float), xs)
+    for shape in ((4, 3), (7, 2)):
+        got, want = exported.call(0.7, draw(0, *shape)), grad(lax.scan, 0.7, draw(0, *shape))
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_without_jit_the_steps_run_one_by_one_as_under_lax_scan():
+    def loss(scan, w):
+        seen = []
+
+        def step(c, x):
+            seen.append(float(x))
+            return (jnp.tanh(w * c + x), c) if x > 0.2 else (w * c, c)
+
+        return jnp.sum(scan(step, 0.1, jnp.linspace(0.0, 1.0, 5))[1]), seen
+
+    with jax.disable_jit():
+        scans = functools.partial(jaxbptt.scan, window=None), lax.scan
+        (got, seen), (want, _) = [
+            jax.grad(functools.partial(loss, scan), has_aux=True)(0.5) for scan in scans
+        ]
+    np.testing.assert_allclose(got, want, rtol=1e-13)
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 def test_works_with_jit_disabled():
