@@ -41,6 +41,9 @@ def as_strong_arrays(
         except (TypeError, ValueError) as cause:
             path = name + jax.tree_util.keystr(path)
             raise _errors.not_an_array(path, leaf, returned=blame == "step") from cause
+        except OverflowError as cause:
+            path = name + jax.tree_util.keystr(path)
+            raise _errors.too_large(path, leaf, returned=blame == "step") from cause
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
         return lax.convert_element_type(leaf, leaf.dtype)

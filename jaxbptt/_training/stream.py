@@ -35,6 +35,16 @@ def run_stream(
 ) -> LearnerState:
     """Runs a whole stream, block by block; see `Learner.run`."""
     _errors.positive_int("block", block)
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            "callback must be a function callback(state, metrics), or None for none, but got "
+            f"{_errors.describe(callback)}. How many steps run between two calls is block."
+        )
+    if not isinstance(progress, bool | str):
+        raise ValueError(
+            f"progress must be True, False or a description, but got {_errors.describe(progress)}. "
+            "Pass progress=True for a bar."
+        )
     blocks = _BlockReader(xs, block, settings_of(state.tape).x, int(state.step))
     # Whatever raises from here on, `state` is the newest state, and it is not donated; unless
     # it was a block's call itself that raised.
@@ -111,7 +121,9 @@ class _BlockReader:
         # np.array copies: a stream may fill one buffer again and again.
         arrays = [v if isinstance(v, jax.Array) else np.array(v) for v in leaves]
         types = tuple(map(_type_on_device, arrays))
-        if treedef == self._x_type.treedef and types == self._x_type.leaves:
+        fitting = treedef == self._x_type.treedef and types == self._x_type.leaves
+        # NumPy has room for ints that would wrap on the device: those go the other way.
+        if fitting and all(type(v) is not int or abs(v) < 2**31 for v in leaves):
             return arrays
         # It is of another type, or of one that NumPy doesn't know but JAX does.
         when = f"after {self._done} steps, x"

@@ -39,6 +39,7 @@ class Window:
         steps: how many lags there are at most (static).
         reach: lags from here on are not reached (may be traced).
         parts: of each leaf of λ, how many lags it is followed; nothing where that is all.
+        cut: the same where a group is shorter than `parts` allows for (traced); else nothing.
     """
 
     read: Callable[[Any], list]
@@ -46,6 +47,13 @@ class Window:
     steps: int
     reach: Any
     parts: tuple[int, ...] = ()
+    cut: tuple[Any, ...] = ()
+
+    def followed(self, lag: Any, alive: Mask) -> list:
+        """Of each leaf of λ whether it is followed at a lag, one of a segment's."""
+        if not self.cut:
+            return list(alive)
+        return [a & (lag < cut) for a, cut in zip(alive, self.cut, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,13 +231,15 @@ def _sweep(
     def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
         lag, ct_y = row
-        live = lag < window.reach
-        args = [*window.read(lag), *window.invariant, *pick(alive, lam), *ct_y]
+        live, followed = lag < window.reach, window.followed(lag, alive)
+        # A leaf that is cut in the midst of a segment stays what it was, and sends nothing on.
+        sent = _each(where_or_zero, followed, lam) if window.cut else lam
+        args = [*window.read(lag), *window.invariant, *pick(alive, sent), *ct_y]
         made = _at_lag(contraction, args, [*kinds.carry, *x_kinds], live)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
         older, xs = made.outs[: len(lam)], made.outs[len(lam) :]
-        lam = _each(jnp.where, [live & a for a in alive], older, lam)
+        lam = _each(jnp.where, [live & f for f in followed], older, lam)
         kept = [where_or_zero(live, v) for v in (*xs, *made.operands)]
         return (lam, contraction.add(sums, made.summands, live)), kept
 
@@ -298,15 +308,31 @@ def _dense(value: Value, kind: Any) -> jax.Array:
 # ------------------------------------------------------------ what of a tape a cotangent meets
 
 
-def tape_window(closure: Closure, tape: Tape, params: list, invariant: list, rows: int) -> Window:
-    """What the last `rows` outputs of a group reach of a tape, as far as it is recorded."""
+def tape_window(
+    closure: Closure,
+    tape: Tape,
+    params: list,
+    invariant: list,
+    rows: int,
+    group: jax.Array | None = None,
+) -> Window:
+    """What the last `rows` outputs of a group reach of a tape, as far as it is recorded.
+
+    A group that is over after fewer steps reaches no further behind its first step: `group` is
+    how many it has (traced), None where it has at least `rows`.
+    """
     settings = settings_of(tape)
     windows = closure.layout.window, *closure.layout.parts
     steps, *parts = (reach_of_rows(w, rows, settings.every) for w in windows)
     read = reader(tape)
     if settings.weights == "replayed":
         read = replayed(closure, params, read, settings.window, tape.length)
-    return Window(read, invariant, steps, jnp.minimum(tape.length, steps), tuple(parts))
+    if group is None:
+        return Window(read, invariant, steps, jnp.minimum(tape.length, steps), tuple(parts))
+    last = jnp.minimum(group, rows)
+    reach, *cut = (jnp.minimum(w, last + max(w - settings.every, 0)) for w in windows)
+    reach = jnp.minimum(tape.length, reach)
+    return Window(read, invariant, steps, reach, tuple(parts), tuple(cut))
 
 
 def given_window(
