@@ -206,6 +206,7 @@ def x_struct(tape: Tape) -> PyTree:
     It lies over the Explicit axes that the tape lies over now: a tape may have been brought
     to another mesh, or off it, since it was made.
     """
+    check_counters(tape)
     kinds = map(leaf_type, [*tape._ring, *jax.tree.leaves(tape.carry)])
     mesh = next((kind.sharding.mesh for kind in kinds if kind.sharding), None)
 
