@@ -607,7 +607,7 @@ def test_an_initial_carry_of_other_arguments(function):
 
 def test_an_error_of_the_initial_carry_says_where_it_was_called():
     step = with_resets(jax.vmap(cell), lambda params: params["start"])
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(KeyError, match="start") as caught:
         step(PARAMS, going_on(START), (XS[0], IS_FIRST[0]))
     assert caught.value.__notes__ == [
         "Raised by initial_carry, which with_resets called as initial_carry(params)."
