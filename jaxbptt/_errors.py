@@ -175,9 +175,8 @@ def not_an_array(path: str, leaf: Any, *, returned: bool) -> Exception:
     )
 
 
-def too_large(path: str, leaf: int, *, returned: bool) -> Exception:
-    """The error for a Python int that has more bits than an array of JAX's default dtype."""
-    kind = jax.dtypes.canonicalize_dtype(int)
+def too_large(path: str, leaf: int, kind: Any, *, returned: bool) -> Exception:
+    """The error for an integer that has more bits than the dtype that JAX makes of it."""
     who = "step must return" if returned else f"{path} must be"
     where = f", but {path} is" if returned else ", but got"
     error = TypeError if returned else ValueError

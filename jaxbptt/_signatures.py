@@ -31,8 +31,24 @@ def takes_more(function: Callable, name: str, few: tuple[str, ...], more: tuple[
     fits = [_can_bind(signature, len(names)) for names in (few, more)]
     if any(fits):
         return not fits[0]
-    forms = " or ".join(f"{name}({', '.join(names)})" for names in (few, more))
-    raise ValueError(
+    raise _other_arguments(function, name, (few, more), signature)
+
+
+def check_takes(function: Callable, name: str, given: tuple[str, ...]) -> None:
+    """Refuses a function that can't be called with these arguments, as its signature says."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    if not _can_bind(signature, len(given)):
+        raise _other_arguments(function, name, (given,), signature)
+
+
+def _other_arguments(
+    function: Callable, name: str, given: tuple[tuple[str, ...], ...], signature: inspect.Signature
+) -> ValueError:
+    forms = " or ".join(f"{name}({', '.join(names)})" for names in given)
+    return ValueError(
         f"{name} must be callable as {forms}, but the arguments of {_named(function)} are "
         f"{signature.replace(return_annotation=signature.empty)}. Bind what is left over, e.g. "
         "with functools.partial."

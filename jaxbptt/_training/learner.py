@@ -334,7 +334,7 @@ class Learner:
     def _compiled(self) -> "_Compiled":
         """The compiled loop that equal learners share, as long as there is one of them."""
         try:
-            number = hash(self)
+            number = hash((self, self.recorder.step))
         except TypeError:  # steps, losses and optimisers need not be hashable
             return _Compiled(self)
         shared = _COMPILED.get(number)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays
+from jaxbptt._arrays import as_strong_arrays, check_range
+from jaxbptt._signatures import check_takes
 from jaxbptt._training.state import LearnerState, Metrics
 from jaxbptt._transforms.tape import settings_of
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
@@ -40,6 +41,8 @@ def run_stream(
             "callback must be a function callback(state, metrics), or None for none, but got "
             f"{_errors.describe(callback)}. How many steps run between two calls is block."
         )
+    if callback is not None:
+        check_takes(callback, "callback", ("state", "metrics"))
     if not isinstance(progress, bool | str):
         raise ValueError(
             f"progress must be True, False or a description, but got {_errors.describe(progress)}. "
@@ -122,8 +125,9 @@ class _BlockReader:
         arrays = [v if isinstance(v, jax.Array) else np.array(v) for v in leaves]
         types = tuple(map(_type_on_device, arrays))
         fitting = treedef == self._x_type.treedef and types == self._x_type.leaves
-        # NumPy has room for ints that would wrap on the device: those go the other way.
-        if fitting and all(type(v) is not int or abs(v) < 2**31 for v in leaves):
+        if fitting:
+            for leaf in arrays:
+                check_range(leaf, f"after {self._done} steps, x")
             return arrays
         # It is of another type, or of one that NumPy doesn't know but JAX does.
         when = f"after {self._done} steps, x"

@@ -62,6 +62,14 @@ class Recorder:
     weights: str
     has_aux: bool
 
+    def __hash__(self) -> int:
+        # So that jit takes a recorder whose step can't be hashed: as it takes any function.
+        try:
+            step = hash(self.step)
+        except TypeError:
+            step = id(self.step)
+        return hash((step, self.windows, self.every, self.weights, self.has_aux))
+
     def __repr__(self) -> str:
         aux = ", has_aux=True" if self.has_aux else ""
         return f"Recorder({name_of(self.step)}, {self.options}{aux})"

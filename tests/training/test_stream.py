@@ -510,6 +510,7 @@ def test_a_learner_need_not_be_hashable():
     [
         ({"callback": 3}, r"callback must be a function callback\(state, metrics\), .* but got 3"),
         ({"callback": "save"}, "callback must be a function .* but got 'save'"),
+        ({"callback": lambda state: 0}, r"callback must be callable as callback\(state, metrics\)"),
         ({"progress": 3}, "progress must be True, False or a description, but got 3"),
         ({"progress": None}, "progress must be True, False or a description, but got None"),
     ],
@@ -530,6 +531,14 @@ def test_a_number_that_would_wrap_is_refused():
         state = learner.run(state, [1, -(2**31)])
         with pytest.raises(ValueError, match=r"^after 2 steps, x must be a number that int32 can"):
             learner.run(state, [2**33])
+        with pytest.raises(
+            ValueError, match=r"^x must be a number that int32 can hold, but got 85"
+        ):
+            learner.update(state, np.int64(2**33))
+        with pytest.raises(
+            ValueError, match=r"^x must be a number that uint32 can hold, but got 1"
+        ):
+            learner.update(state, np.array([1, 2**40], np.uint64))
 
 
 def test_functions_that_can_not_be_hashed():

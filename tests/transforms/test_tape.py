@@ -552,3 +552,19 @@ def test_a_large_carry_and_leaves_that_are_no_arrays_print_too():
     marked = jax.tree.map(lambda _: "mark", recorder.init(None, 0.0, 0.0))
     assert repr(marked).endswith("carry=str, ring 0 B)")
     assert "\n" not in repr(jax.tree.map(lambda _: "mark", tape))
+
+
+def test_jit_takes_a_recorder_whose_step_can_not_be_hashed():
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, params, carry, x):
+            return step(params, carry, x)
+
+    recorder = jaxbptt.record(Unhashable(), window=3)
+    tape, y = jax.jit(recorder)(PARAMS, recorder.init(PARAMS, CARRY, XS[0]), XS[0])
+    assert hash(recorder) == hash(recorder)
+    plain = jaxbptt.record(step, window=3)
+    assert hash(plain) == hash(jaxbptt.record(step, window=3))
+    assert float(y) == float(plain(PARAMS, plain.init(PARAMS, CARRY, XS[0]), XS[0])[1])
+    assert int(tape.length) == 1
