@@ -14,6 +14,7 @@ A loop over single time steps with the gradient inside it; here it reaches back 
     5.5
 """
 
+from jaxbptt._checkpoints import state_dict as _state_dict  # noqa: F401  tells flax of tapes
 from jaxbptt._checkpoints.checkpoints import Checkpoints, checkpoints
 from jaxbptt._inspection.by_lag import ByLag, gradient_by_lag
 from jaxbptt._inspection.check import check_step

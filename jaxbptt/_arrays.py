@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxbptt import _errors
@@ -36,16 +37,34 @@ def as_strong_arrays(
             return _canonical_struct(leaf)
         if getattr(leaf, "dtype", None) == jax.dtypes.float0:  # the cotangent of an integer
             return leaf
+        check_range(leaf, name, path, returned=blame == "step")
         try:
             leaf = jnp.asarray(leaf)
         except (TypeError, ValueError) as cause:
             path = name + jax.tree_util.keystr(path)
             raise _errors.not_an_array(path, leaf, returned=blame == "step") from cause
+        except OverflowError as cause:
+            path = name + jax.tree_util.keystr(path)
+            kind = jax.dtypes.canonicalize_dtype(int)
+            raise _errors.too_large(path, leaf, kind, returned=blame == "step") from cause
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
         return lax.convert_element_type(leaf, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def check_range(leaf: Any, name: str, path: Any = (), *, returned: bool = False) -> None:
+    """Refuses NumPy's 64-bit integers that JAX, with 32 bits, would wrap around without a word."""
+    if not isinstance(leaf, np.ndarray | np.generic) or leaf.dtype.kind not in "iu":
+        return
+    kind = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if kind == leaf.dtype or not leaf.size:
+        return
+    for number in (int(leaf.min()), int(leaf.max())):
+        if not np.iinfo(kind).min <= number <= np.iinfo(kind).max:
+            where = name + jax.tree_util.keystr(path)
+            raise _errors.too_large(where, number, kind, returned=returned)
 
 
 def _canonical_struct(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

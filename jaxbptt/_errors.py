@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxbptt._types import LeafType, TreeType, leaf_type
 
+MOST_STEPS = 2**31 - 1
 _SHOWN = 8  # differing leaves listed before "and n more"
 _KEEP_CARRY = (
     "Make a tape with this recorder's init; the carry can be kept: rec.init(params, tape.carry, x)."
@@ -35,12 +37,44 @@ def positive_int(name: str, value: Any) -> None:
         )
 
 
+def countable(name: str, steps: int) -> None:
+    """Refuses a window of more steps than a tape's counters, which are int32, can count."""
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"{name} must be at most {MOST_STEPS} (a tape counts its steps in int32), but got "
+            f"{steps}. A tape has a slot for each step of the window: take one that fits in memory."
+        )
+
+
 def above_one(name: str, value: Any, what: str) -> None:
     """Refuses what is not a number above 1, known when the loop is traced."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} must be a Python number, but got the traced value {value}.")
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 1:
         raise ValueError(f"{name} must be a number above 1 ({what}), but got {value!r}.")
+
+
+def is_key(name: str, value: Any) -> None:
+    """Refuses what `jax.random` doesn't draw from; keys under `vmap` to come are keys."""
+    if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return
+    try:
+        jax.eval_shape(jax.random.wrap_key_data, value)  # an array of the older form
+    except (TypeError, ValueError) as cause:
+        raise ValueError(
+            f"{name} must be a key for jax.random, but got {describe(value)}. Make one with "
+            "jax.random.key(seed), and split it for every update."
+        ) from cause
+
+
+def one_key(value: Any) -> None:
+    """Refuses several keys where a random window is drawn."""
+    typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if len(value.shape) != (0 if typed else 1):
+        raise ValueError(
+            "window must be drawn from one key for a run, but its key is "
+            f"{describe(value)}. Take one of them, or vmap over the runs."
+        )
 
 
 def random_part(name: str) -> ValueError:
@@ -141,6 +175,32 @@ def not_an_array(path: str, leaf: Any, *, returned: bool) -> Exception:
     )
 
 
+def too_large(path: str, leaf: int, kind: Any, *, returned: bool) -> Exception:
+    """The error for an integer that has more bits than the dtype that JAX makes of it."""
+    who = "step must return" if returned else f"{path} must be"
+    where = f", but {path} is" if returned else ", but got"
+    error = TypeError if returned else ValueError
+    return error(
+        f"{who} a number that {kind} can hold{where} {leaf}. Pass a float, or an array of a dtype "
+        "that has room for it (64 bits need jax_enable_x64)."
+    )
+
+
+def cast(expected: TreeType, got: TreeType) -> str:
+    """The end of a remedy: how to cast the first leaf of another dtype; empty if there is none."""
+    wanted, came = _by_path(expected), _by_path(got)
+    for path in (path for path in wanted if path in came):
+        kinds = [wanted[path].dtype, came[path].dtype]
+        if kinds[0] != kinds[1] and not any(jnp.issubdtype(k, jax.dtypes.extended) for k in kinds):
+            part = ".real" if _is_complex(kinds[1]) and not _is_complex(kinds[0]) else ""
+            return f", e.g. with h{part}.astype(jnp.{kinds[0]})"
+    return ""
+
+
+def _is_complex(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.complexfloating))
+
+
 def is_tape(value: Any, tape_class: type) -> None:
     """Refuses something else where the tape belongs."""
     if not isinstance(value, tape_class):
@@ -174,6 +234,28 @@ def other_setting(name: str, wanted: Any, got: Any) -> ValueError:
         f"tape must be from a recorder with {name}={wanted!r}, but was made by one with "
         f"{name}={got!r}. {_KEEP_CARRY}"
     )
+
+
+def same_leaves_as_made(expected: dict[str, Any], got: dict[str, Any]) -> None:
+    """Refuses a tape whose leaves are not of the types that the recorder gave them.
+
+    Args:
+        expected: the types by name; None where only that there is an array can be asked for.
+        got: the types that came; None for what is no array.
+    """
+    rows = [
+        f"tape.{name}: {kind or 'an array'} expected, {got[name] or 'no array'} got"
+        for name, kind in expected.items()
+        if got[name] is None or got[name] != kind
+    ]
+    if rows:
+        differ = f"{len(rows)} of {len(expected)} leaves differ{'s' if len(rows) == 1 else ''}"
+        raise ValueError(
+            f"tape must have leaves of the types that it was made with, but {differ}:\n"
+            f"{bullets(rows)}\nA tape is handed on as it is: what is computed with (a mean of "
+            "two, a cast) are carries and parameters, through tape.replace(carry=...). One that "
+            "vmap made is used under vmap."
+        )
 
 
 def other_residuals(expected: Sequence[LeafType], got: Sequence[LeafType]) -> ValueError:

@@ -64,6 +64,26 @@ class TreeType:
         return self.treedef.unflatten(self.leaves)
 
 
+def is_one_leaf(tree: PyTree) -> bool:
+    """Whether it is a single leaf: neither a container, an empty one included, nor None."""
+    structure = jax.tree.structure(tree)
+    return jax.tree_util.treedef_is_leaf(structure) and len(jax.tree.leaves(tree)) == 1
+
+
+def in_words(tree: PyTree, most: int = 60) -> str:
+    """The types of a tree of arrays on one line; of a large tree only how many leaves it has."""
+
+    class Word(str):
+        __repr__ = str.__str__
+
+    def word(leaf: Any) -> Word:
+        typed = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        return Word(leaf_type(leaf) if typed else type(leaf).__name__)
+
+    words = " ".join(repr(jax.tree.map(word, tree)).split())
+    return words if len(words) <= most else f"{len(jax.tree.leaves(tree))} leaves"
+
+
 def type_of(tree: PyTree) -> TreeType:
     """The type of a pytree of arrays, tracers or ShapeDtypeStructs."""
     leaves, treedef = jax.tree.flatten(tree)

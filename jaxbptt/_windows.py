@@ -33,6 +33,16 @@ class Windows:
             _errors.positive_int("window" + jax.tree_util.keystr(path), steps)
         return cls(treedef, tuple(int(steps) for _, steps in leaves))
 
+    def countable(self) -> "Windows":
+        """The same, if a tape's counters can count their steps.
+
+        Raises:
+            ValueError: one of them is too long.
+        """
+        for path, steps in jax.tree_util.tree_flatten_with_path(self.tree())[0]:
+            _errors.countable("window" + jax.tree_util.keystr(path), steps)
+        return self
+
     @property
     def longest(self) -> int:
         """The longest of the windows."""
@@ -87,6 +97,7 @@ class RandomWindow:
             Floats (length,): 0 where λ is cut between a step and the next one, else 1 / (1 - c);
             1 for the last step, whose λ is the cotangent of the final carry.
         """
+        _errors.one_key(self.key)
         drawn = jax.random.uniform(self.key, (max(length - 1, 0),))
         shift, slope = (1 - 1 / self.alpha) * self.mean, 1 / self.alpha
 
@@ -127,7 +138,7 @@ def random_window(key: jax.Array, mean: float, alpha: float = 6.0) -> RandomWind
         A `RandomWindow`, to be given as `window`.
 
     Raises:
-        ValueError: `mean` or `alpha` is not a number above 1.
+        ValueError: `key` is not a key, or `mean` or `alpha` not a number above 1.
 
     References:
         Tallec & Ollivier, "Unbiasing Truncated Backpropagation Through Time", 2017 (ARTBP).
@@ -143,6 +154,7 @@ def random_window(key: jax.Array, mean: float, alpha: float = 6.0) -> RandomWind
         >>> [round(float(g), 1) for g in each.mean(0)]  # 0.9³ … 1, without bias
         [0.7, 0.8, 0.9, 1.0]
     """
+    _errors.is_key("key", key)
     _errors.above_one("mean", mean, "it counts the steps between two cuts, on average")
     _errors.above_one("alpha", alpha, "long stretches are rare as their length to the power -alpha")
     return RandomWindow(key, float(mean), float(alpha))

@@ -9,6 +9,7 @@ from jaxbptt._checkpoints.leaves import FlatState, checksum
 from jaxbptt._checkpoints.manifest import (
     TapeRecorders,
     check_compatible,
+    check_form,
     check_seal,
     check_sums,
     names,
@@ -114,6 +115,7 @@ class Checkpoints:
         # Everything that can be refused by the manifest alone is refused before arrays are read.
         where = f"checkpoint {step} in {self._disk.directory}"
         theirs = self._disk.read_manifest(step)
+        check_form(theirs, where)
         check_seal(theirs, where)
         check_compatible(theirs, ours, where, clear)
 
@@ -202,7 +204,8 @@ def checkpoints(directory: Any, recorder: Any, *, keep: int | None = 3) -> Check
         A `Checkpoints`, for a `with` statement.
 
     Raises:
-        ValueError: `recorder` is none, or `keep` is not an int of at least 1.
+        ValueError: `directory` is no path, `recorder` is none, or `keep` is not an int of at
+            least 1.
         NotADirectoryError: `directory` is a file.
         ImportError: orbax-checkpoint is not installed.
 

@@ -26,7 +26,11 @@ from jaxbptt._version import __version__
 Manifest = dict[str, Any]
 
 _FORMAT = 1
+_KEYS = {"format": int, "jax": str, "jaxbptt": str, "tapes": list, "leaves": list}
 _OPTIONS = ("window", "every", "weights", "pace", "x")
+# Manifests of tapes without a pace do not speak of it.
+_KEYS_OF_TAPE = ("path", "window", "every", "weights", "x", "slot", "step")
+_KEYS_OF_LEAF = ("name", "path", "type", "past")
 _CLEAR = "restore(like, clear=True) gives all else back, with the tape empty."
 
 
@@ -114,6 +118,40 @@ class TapeRecorders:
         if slot is not None and tape.length.ndim == 0 and slot != layout(tape):
             raise _errors.other_residuals(slot, layout(tape))
         return entry
+
+
+def check_form(manifest: Any, where: str) -> None:
+    """Refuses what JSON gave but `TapeRecorders.manifest` can't have made.
+
+    Of a manifest of another format only that is known; `check_compatible` says what to do.
+
+    Raises:
+        ValueError: something that each manifest has is missing.
+    """
+    if isinstance(manifest, Mapping) and manifest.get("format", _FORMAT) != _FORMAT:
+        return
+    missing = _missing(manifest)
+    if missing:
+        raise ValueError(
+            f"{where} must be one that jaxbptt.checkpoints has written, and whole, but its "
+            f"manifest has no {missing}. Take another one: restore(like, step=...)."
+        )
+
+
+def _missing(manifest: Any) -> str:
+    """The first key that should be in a manifest and isn't, with its place; empty if none."""
+    if not isinstance(manifest, Mapping):
+        return "keys"
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            return repr(key) if key not in manifest else f"{key!r} of the right type"
+    for table, keys in (("tapes", _KEYS_OF_TAPE), ("leaves", _KEYS_OF_LEAF)):
+        for i, entry in enumerate(manifest[table]):
+            here = entry if isinstance(entry, Mapping) else {}
+            for key in keys:
+                if key not in here:
+                    return f"{key!r} in entry {i} of {table!r}"
+    return "" if "data" in manifest else "'data'"
 
 
 def check_compatible(theirs: Manifest, ours: Manifest, where: str, clear: bool) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxbptt import _errors
 from jaxbptt._compat import savable_by_orbax
 
 Item = Mapping[str, Any]  # arrays by name
@@ -21,6 +23,11 @@ class OrbaxDirectory:
     def __init__(self, directory: Any, keep: int | None):
         """Takes a path, which need not exist yet, and how many of the newest to keep."""
         load_orbax()
+        if not isinstance(directory, str | os.PathLike):
+            raise ValueError(
+                "directory must be a path, a str or an os.PathLike such as pathlib.Path, but got "
+                f"{_errors.describe(directory)}. Name a folder: checkpoints('run', recorder)."
+            )
         # Orbax also takes addresses of object stores, such as gs://bucket/run.
         if "://" not in str(directory):
             directory = Path(directory).absolute()

@@ -44,8 +44,8 @@ def trace_step(
             "carry",
             type_of(carry),
             type_of(new_carry),
-            "Return it in the containers, shapes and dtypes that it came in, "
-            "e.g. with h.astype(jnp.float32).",
+            "Return it in the containers, shapes and dtypes that it came in"
+            f"{_errors.cast(type_of(carry), type_of(new_carry))}.",
             words=("in", "out"),
             error=TypeError,
         )

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._inspection.by_lag import ByLag
-from jaxbptt._types import PyTree, leaf_type
+from jaxbptt._types import PyTree, in_words, leaf_type
 
 _NO_WINDOW = 2**31 - 1  # the answer where no window is long enough
 
@@ -34,6 +35,11 @@ class Decay(NamedTuple):
     share: jax.Array
     bias: jax.Array
 
+    def __repr__(self) -> str:
+        if jnp.shape(self.rate) or isinstance(self.rate, jax.core.Tracer):
+            return f"Decay(rate={in_words(self.rate)}, share={in_words(self.share)})"
+        return f"Decay(rate={float(self.rate):.3g}, lags={len(self.share)})"
+
     def window_for(self, share: Any) -> jax.Array:
         """The smallest window that has at least this share of the contributions.
 
@@ -46,7 +52,7 @@ class Decay(NamedTuple):
             enough, or the fit is NaN.
 
         Raises:
-            ValueError: `share` is not above 0 and at most 1.
+            ValueError: `share` is not one number, above 0 and at most 1.
         """
         share = _checked_bound("share", share, 1.0, self.share)
         return _smallest_window(
@@ -63,7 +69,7 @@ class Decay(NamedTuple):
             int32 scalar, as for `window_for`.
 
         Raises:
-            ValueError: `delta` is not above 0.
+            ValueError: `delta` is not one number, above 0.
         """
         delta = _checked_bound("delta", delta, math.inf, self.bias)
         return _smallest_window(self.bias <= delta, delta / self.bias[..., -1], self.rate)
@@ -247,11 +253,20 @@ def _smallest_window(enough: jax.Array, ratio: jax.Array, rate: jax.Array) -> ja
 
 def _checked_bound(name: str, value: Any, most: float, like: jax.Array) -> jax.Array:
     """The number as an array of `like`'s dtype."""
+    wanted = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
+    try:
+        number = jnp.asarray(value, like.dtype) if np.shape(value) == () else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or jnp.iscomplexobj(value):
+        raise ValueError(
+            f"{name} must be one number, {wanted}, but got {_errors.describe(value)}. For several, "
+            "call it for each, or jax.vmap it over them."
+        )
     # A traced number has no value that could be looked at.
     if not isinstance(value, jax.core.Tracer) and not 0 < float(value) <= most:
-        wanted = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
         raise ValueError(f"{name} must be {wanted}, but got {value!r}.")
-    return jnp.asarray(value, like.dtype)
+    return number
 
 
 def _checked_norms(lags: Any) -> ByLag:

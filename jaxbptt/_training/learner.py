@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays
+from jaxbptt._arrays import as_strong_arrays, widened
 from jaxbptt._closure.step import own_containers
 from jaxbptt._compat import lax_scan
-from jaxbptt._training.loss import evaluate_loss, loss_and_ct_y, not_a_function
+from jaxbptt._signatures import name_of
+from jaxbptt._training.group import pull_group
+from jaxbptt._training.loss import evaluate_loss, loss_and_ct_y, not_a_function, takes_params
 from jaxbptt._training.optimizer import (
     Optimizer,
     check_optimizer,
@@ -22,12 +24,27 @@ from jaxbptt._training.optimizer import (
     step_optimizer,
     trainable,
 )
-from jaxbptt._training.state import LearnerState, Metrics, Pending, check_state, pending_rows
+from jaxbptt._training.state import (
+    LearnerState,
+    Metrics,
+    Pending,
+    check_pending,
+    check_returned_carry,
+    check_same_dtypes,
+    check_state,
+    check_steps,
+)
 from jaxbptt._training.stream import RunBlock, run_stream
-from jaxbptt._transforms.cotangents import with_float0
 from jaxbptt._transforms.record import Recorder, record, record_step
-from jaxbptt._transforms.tape import Tape, is_due, keep_or_roll_back
-from jaxbptt._types import PyTree, StepFn, leaf_type, type_of
+from jaxbptt._transforms.tape import (
+    Tape,
+    is_due,
+    keep_or_roll_back,
+    phase_of,
+    with_group_ended,
+    x_struct,
+)
+from jaxbptt._types import PyTree, StepFn, is_one_leaf, leaf_type, type_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +53,20 @@ class Learner:
 
     Attributes:
         recorder: the `Recorder` of the step, which `checkpoints` and `gradient_by_lag` take.
-        loss: `loss(y, x)`.
+        loss: `loss(y, x)` or `loss(y, x, params)`.
         optimizer: the optimiser.
         on_nonfinite: "pass" or "clear".
     """
 
     recorder: Recorder
-    loss: Callable[[PyTree, PyTree], Any]
+    loss: Callable[..., Any]
     optimizer: Optimizer
     on_nonfinite: str
+
+    def __repr__(self) -> str:
+        rec = self.recorder
+        functions = f"{name_of(rec.step)}, {name_of(self.loss)}, {rec.options}"
+        return f"Learner({functions}, on_nonfinite={self.on_nonfinite!r})"
 
     def init(self, params: PyTree, carry: PyTree, x: PyTree) -> LearnerState:
         """Makes the state to start from, with nothing recorded.
@@ -67,16 +89,13 @@ class Learner:
         tape = self.recorder.init(params, carry, x)
         params = jax.tree.map(jnp.copy, as_strong_arrays(params, "params"))
         x = as_strong_arrays(x, "x", structs=True)
-        # Traced for the types of y and of the loss, and to check them before the first update.
-        out = jax.eval_shape(self._step_unrecorded, params, tape.carry, x)
-        pending = None
-        if self.recorder.every > 1:
-            ct_y = [leaf for leaf in type_of(out.y).leaves if leaf.differentiable]
-            pending = Pending.empty(tape, ct_y, leaf_type(out.loss))
+        pending = self._empty_pending(params, tape, x)
         opt_state = init_opt_state(self.optimizer, params)
         return LearnerState(params, opt_state, tape, jnp.zeros((), jnp.uint32), pending)
 
-    def update(self, state: LearnerState, x: PyTree) -> tuple[LearnerState, Metrics]:
+    def update(
+        self, state: LearnerState, x: PyTree, *, ends: Any = None
+    ) -> tuple[LearnerState, Metrics]:
         """Takes one time step: forward, and where a group ends backward and the optimiser's step.
 
         It is the body of a `lax.scan`; jit it with `donate_argnums=0`. Derivatives *through* it,
@@ -86,6 +105,10 @@ class Learner:
         Args:
             state: what `init` or the last update returned.
             x: one input, of the shape given to `init`.
+            ends: bool scalar, traced or not: whether the group ends at this step, however many
+                it has, `every` at most. The optimiser is then stepped on the group so far,
+                which reaches no further behind its first step than a full group, and the next
+                step begins a new one. The recorded steps stay. None where only `every` counts.
 
         Returns:
             The new state, of the same type, and `Metrics`.
@@ -94,44 +117,112 @@ class Learner:
             TypeError: the loss doesn't return a scalar; or the optimiser doesn't return changes
                 of the gradient's structure and a state of its old type.
             ValueError: `state` is not a `LearnerState` of this learner; or `x`, or something
-                put into the state, has other shapes than in `init`.
+                put into the state, has other shapes than in `init`; or `ends` is no bool scalar.
 
         Cost:
             One step, and one slot of the ring written. Where a group ends, also `window`
             pullbacks of the step and one step of the optimiser.
         """
         check_state(state)
-        x = as_strong_arrays(x, "x")
+        x, ends = as_strong_arrays(x, "x"), _checked_flag(ends)
+        params = as_strong_arrays(state.params, "params")
         # Forward: the step, its loss, and the cotangent ȳ that the loss gives of y.
-        tape, y = record_step(self.recorder, state.params, state.tape, x)
-        loss, aux, ct_y = loss_and_ct_y(self.loss, y, x)
+        tape, y = record_step(self.recorder, params, state.tape, x)
+        loss, aux, ct_y, ct_params = loss_and_ct_y(self.loss, y, x, params)
+        check_pending(state.pending, self._pending_like(tape, ct_y, loss, ct_params))
         # Under "pass" nobody asks, and no test for NaNs is compiled.
         finite = _all_finite((loss, tape.carry)) if self.on_nonfinite == "clear" else None
 
         # The group's cotangents gather until it ends. At every=1 each step is a group of its
         # own, and nothing has to wait.
-        pending, ct_ys, total = None, [ct[None] for ct in ct_y], loss
-        if state.pending is not None:
-            pending = state.pending.with_step(tape, ct_y, loss)
-            ct_ys, total = pending
-
-        # Backward and the optimiser's step are in a branch: within a group they cost nothing.
-        def update_now() -> _Updated:
-            grads = self._gradient(state.params, tape, y, ct_ys)
-            return self._apply_gradient(grads, state, total, finite)
-
-        def skip() -> _Updated:
-            return _Updated(state.params, state.opt_state, jnp.zeros((), bool), finite)
-
-        new = update_now() if pending is None else lax.cond(is_due(tape), update_now, skip)
+        if state.pending is None:
+            group = Pending([ct[None] for ct in ct_y], loss, ct_params)
+            grads = self._gradient(params, tape, group, full=True)
+            pending, new = None, self._apply_gradient(grads, state, loss, finite)
+        else:
+            pending = state.pending.with_step(tape, ct_y, loss, ct_params)
+            due = is_due(tape) if ends is None else is_due(tape) | ends
+            new = self._end_group(state, tape, pending, due, finite, full=ends is None)
+            tape = tape if ends is None else with_group_ended(tape, due)
         # The loss and the metrics stay as they are: they tell of the step that was rolled back.
         if new.finite is not None:
             tape = keep_or_roll_back(new.finite, tape, state.tape)
         new_state = LearnerState(new.params, new.opt_state, tape, state.step + 1, pending)
         return new_state, Metrics(loss, aux, new.updated)
 
+    def flush(self, state: LearnerState) -> LearnerState:
+        """Steps the optimiser on a group that is not full; the next step begins a new one.
+
+        Without it the losses of a last group, such as before `clear`, never give a gradient
+        if the run doesn't end with a full group. The gradient is that of `update` with `ends`:
+        the group reaches no further behind its first step than a full one.
+
+        Args:
+            state: the state.
+
+        Returns:
+            A state with the same recorded steps and the same step count. Where no loss is
+            pending (right after a group's end, and always at `every=1`) nothing changes.
+            With `on_nonfinite="clear"`, a gradient that isn't finite is not applied, and the
+            recorded steps are cleared.
+
+        Raises:
+            TypeError: the optimiser doesn't return what it should, as for `update`.
+            ValueError: `state` is not a `LearnerState` of this learner.
+
+        Cost:
+            As the end of a group: `window` pullbacks of the step, and one of the optimiser.
+        """
+        check_state(state)
+        tape, pending = state.tape, state.pending
+        if pending is None:
+            return state
+        check_pending(
+            pending, jax.eval_shape(self._empty_pending, state.params, tape, x_struct(tape))
+        )
+        waiting = (phase_of(tape) > 0) & ~is_due(tape)
+        finite = jnp.ones((), bool) if self.on_nonfinite == "clear" else None
+        new = self._end_group(state, tape, pending, waiting, finite, full=False)
+        tape = with_group_ended(tape, waiting)
+        if new.finite is not None:
+            tape = keep_or_roll_back(new.finite, tape, state.tape)
+        return state._replace(params=new.params, opt_state=new.opt_state, tape=tape)
+
+    def with_window(
+        self, state: LearnerState, window: PyTree, *, every: int | None = None
+    ) -> tuple["Learner", LearnerState]:
+        """Goes on with another window: a learner that has it, and a state for that learner.
+
+        Parameters, the optimiser and its state, the carry and the step count go on. A tape has
+        the size of its window, so the new one starts empty, and a group with it; `flush` first
+        where the losses that are pending should count.
+
+        Args:
+            state: the state; it stays usable until the new one, which shares its parameters and
+                the optimiser's state, is donated.
+            window: as in `learner`.
+            every: as in `learner`; None for the one there is.
+
+        Returns:
+            `(learner, state)`.
+
+        Raises:
+            ValueError: `state` is not a `LearnerState`, or `window` or `every` is not what
+                `learner` takes.
+        """
+        check_state(state)
+        rec, tape = self.recorder, state.tape
+        every = rec.every if every is None else every
+        new = record(rec.step, window=window, every=every, weights=rec.weights)
+        changed = dataclasses.replace(self, recorder=new)
+        x, params = x_struct(tape), as_strong_arrays(state.params, "params")
+        tape = new.init(params, tape.carry, x)
+        return changed, state._replace(tape=tape, pending=changed._empty_pending(params, tape, x))
+
     def clear(self, state: LearnerState, carry: PyTree = None) -> LearnerState:
         """Forgets the recorded steps and the pending cotangents; the next step starts a group.
+
+        Losses of a group that is not full are forgotten too: `flush` first makes them count.
 
         Args:
             state: the state. Its parameters, optimiser and step count stay.
@@ -172,7 +263,8 @@ class Learner:
             The last carry, and `Metrics` with leaves (steps, ...).
 
         Raises:
-            ValueError: `state` is not a `LearnerState`, or a leaf isn't an array.
+            ValueError: `state` is not a `LearnerState`, a leaf isn't an array, `xs` has no axis
+                over steps, or `carry` is not of the containers and dtypes of the one on the tape.
 
         Cost:
             One step for each input. As with `lax.scan`, jit the call.
@@ -183,8 +275,11 @@ class Learner:
             out = self._step_unrecorded(state.params, carry, x)
             return out.carry, Metrics(out.loss, out.aux, jnp.zeros((), bool))
 
-        carry = state.tape.carry if carry is None else carry
-        return lax_scan(body, as_strong_arrays(carry, "carry"), as_strong_arrays(xs, "xs"))
+        carry = as_strong_arrays(state.tape.carry if carry is None else carry, "carry")
+        xs = as_strong_arrays(xs, "xs")
+        check_same_dtypes(carry, state.tape.carry)
+        check_steps(xs)
+        return lax_scan(body, carry, xs)
 
     def run(
         self,
@@ -218,8 +313,9 @@ class Learner:
 
         Raises:
             ImportError: a progress bar is asked for, and tqdm is not installed.
-            ValueError: `state` is not a `LearnerState`, `xs` not iterable or `block` not an int
-                of at least 1; or an x is not of the type given to `init`.
+            ValueError: `state` is not a `LearnerState`, `xs` not iterable, `block` not an int
+                of at least 1, `callback` not a function, or `progress` neither a bool nor a
+                str; or an x is not of the type given to `init`.
 
         Note:
             Whatever ends a run early (an exception from xs or from the callback, a fault in
@@ -238,7 +334,7 @@ class Learner:
     def _compiled(self) -> "_Compiled":
         """The compiled loop that equal learners share, as long as there is one of them."""
         try:
-            number = hash(self)
+            number = hash((self, self.recorder.step))
         except TypeError:  # steps, losses and optimisers need not be hashable
             return _Compiled(self)
         shared = _COMPILED.get(number)
@@ -248,24 +344,77 @@ class Learner:
 
     def _step_unrecorded(self, params: PyTree, carry: PyTree, x: PyTree) -> "_Unrecorded":
         """Runs the step and its loss without a tape."""
-        carry, y = self.recorder.step(*own_containers(params, carry, x))
-        carry = as_strong_arrays(carry, "carry", blame="step")
+        new_carry, y = self.recorder.step(*own_containers(params, carry, x))
+        new_carry = as_strong_arrays(new_carry, "carry", blame="step")
+        check_returned_carry(carry, new_carry)
         y = as_strong_arrays(y, "y", blame="step")
-        return _Unrecorded(carry, y, *evaluate_loss(self.loss, y, x))
+        return _Unrecorded(new_carry, y, *evaluate_loss(self.loss, y, x, params))
 
-    def _gradient(self, params: PyTree, tape: Tape, y: PyTree, ct_ys: list) -> PyTree:
+    def _empty_pending(self, params: PyTree, tape: Tape, x: PyTree) -> Pending | None:
+        """Room for a group's cotangents. Traces the step and its loss, to check them too."""
+        out = jax.eval_shape(self._step_unrecorded, params, tape.carry, x)
+        if self.recorder.every == 1:
+            return None
+        ct_y, ct_params = (
+            [leaf for leaf in type_of(tree).leaves if leaf.differentiable]
+            for tree in (out.y, params if takes_params(self.loss) else None)
+        )
+        return Pending.empty(tape, ct_y, leaf_type(out.loss), ct_params)
+
+    def _pending_like(self, tape: Tape, ct_y: list, loss: jax.Array, ct_params: list) -> Any:
+        """The types of pending cotangents, from those of a step."""
+        if self.recorder.every == 1:
+            return None
+        kinds = [*map(leaf_type, ct_y)], leaf_type(loss), [*map(leaf_type, ct_params)]
+        return jax.eval_shape(lambda: Pending.empty(tape, *kinds))
+
+    def _end_group(
+        self,
+        state: LearnerState,
+        tape: Tape,
+        pending: Pending,
+        due: jax.Array,
+        finite: jax.Array | None,
+        *,
+        full: bool,
+    ) -> "_Updated":
+        """Steps the optimiser on a group where it is due.
+
+        Args:
+            state: the state before, whose parameters and optimiser go on.
+            tape: the tape, at the end of the group where it is due.
+            pending: the cotangents of the group.
+            due: bool scalar, whether the group ends here.
+            finite: whether no NaN or infinity was met so far; None where nobody asks.
+            full: whether a group that ends is known to have `every` steps.
+        """
+
+        # In a branch: within a group, backward and the optimiser's step cost nothing.
+        def update_now() -> _Updated:
+            grads = self._gradient(state.params, tape, pending, full=full)
+            return self._apply_gradient(grads, state, pending.loss, finite)
+
+        def skip() -> _Updated:
+            return _Updated(state.params, state.opt_state, jnp.zeros((), bool), finite)
+
+        return lax.cond(due, update_now, skip)
+
+    def _gradient(self, params: PyTree, tape: Tape, group: Pending, *, full: bool) -> PyTree:
         """The direction of steepest ascent of the loss of a group, for `trainable` leaves.
 
         Args:
             params: the parameters.
             tape: the tape, at the end of the group.
-            y: the output of the newest step; its structure is read, and the types of its leaves.
-            ct_ys: the group's ȳ, a list over the differentiable leaves of y, each
-                (rows, *y.shape).
+            group: the group's cotangents.
+            full: whether it is known to have `every` steps.
         """
-        mask = tuple(leaf.differentiable for leaf in type_of(y).leaves)
-        rows = with_float0(mask, ct_ys, y, (pending_rows(tape),))
-        ct = trainable(self.recorder.pullback(params, tape, rows).params)
+        ct_ys = group.newest_last(tape, full=full)
+        ct = pull_group(self.recorder, params, tape, ct_ys, None if full else phase_of(tape))
+        if group.ct_params:
+            leaves, treedef = jax.tree.flatten(ct)
+            pairs = zip(leaves, group.ct_params, strict=True)
+            sums = [(widened(a) + widened(b)).astype(a.dtype) for a, b in pairs]
+            ct = jax.tree.unflatten(treedef, sums)
         # Where parameters are complex, a cotangent is the conjugate of that direction.
         return jax.tree.map(lambda v: jnp.conj(v) if jnp.iscomplexobj(v) else v, ct)
 
@@ -310,6 +459,20 @@ class _Updated(NamedTuple):
     finite: jax.Array | None
 
 
+def _checked_flag(ends: Any) -> jax.Array | None:
+    """The flag as an array, or a refusal."""
+    if ends is None:
+        return None
+    flag = as_strong_arrays(ends, "ends") if is_one_leaf(ends) else None
+    if flag is None or flag.shape or flag.dtype != jnp.bool:
+        raise ValueError(
+            "ends must be a bool scalar, True where the group ends at this step, but got "
+            f"{_errors.describe(ends)}. All sequences of a batch share a group: of several flags "
+            "take jnp.any(flags) or jnp.all(flags)."
+        )
+    return flag
+
+
 def _all_finite(tree: PyTree) -> jax.Array:
     """Whether no floating or complex leaf has a NaN or an infinity."""
     leaves = jax.tree.leaves(trainable(tree))
@@ -348,7 +511,7 @@ _COMPILED: weakref.WeakValueDictionary[int, _Compiled] = weakref.WeakValueDictio
 
 def learner(
     step: StepFn,
-    loss: Callable[[PyTree, PyTree], Any],
+    loss: Callable[..., Any],
     optimizer: Optimizer,
     *,
     window: PyTree,
@@ -371,13 +534,19 @@ def learner(
     Args:
         step: `step(params, carry, x) -> (carry, y)`, one time step.
         loss: `loss(y, x)`, a floating-point scalar, or a pair `(scalar, aux)`. It takes
-            its target from x, and depends on parameters only through y.
+            its target from x. Or `loss(y, x, params)`, such as for weight decay: its gradient
+            by the params that it is given adds to θ̄, for all m losses of a group, those too
+            whose outputs the window doesn't reach. It is given params if it can't be called
+            without, as its signature says: a loss with a default for its third argument, or
+            with `*args`, is called as `loss(y, x)`.
         optimizer: an `optax.GradientTransformation`, or another pair of `init` and `update`.
             For the leaves of params that no gradient flows through it is given None, and for
             complex ones the conjugate of what `jax.grad` gives, which points uphill. If its
             update takes `value`, it is given the loss, summed over the group.
         window: how many steps a gradient reaches back; as in `record`.
-        every: after how many steps there are a gradient and an update, m.
+        every: after how many steps there are a gradient and an update, m. Groups run on
+            across resets, and until they are full; `update(..., ends=flag)` ends one where the
+            data say so, and `flush` where a run is over.
         weights: at which parameters the recorded steps are differentiated, as in `record`:
             "stored", those that each step was recorded under; "current" or "replayed", the
             newest.
@@ -392,8 +561,8 @@ def learner(
         A `Learner`: hashable, and equal to one made of the same arguments.
 
     Raises:
-        ValueError: `step` or `loss` is not a function, `optimizer` has no `init` and `update`,
-            or an option is not one of its values.
+        ValueError: `step` or `loss` is not a function, or `loss` takes other arguments,
+            `optimizer` has no `init` and `update`, or an option is not one of its values.
 
     Cost:
         Memory: a tape of `window` slots. Time: an update within a group costs a forward step;
@@ -418,6 +587,7 @@ def learner(
     rec = record(step, window=window, every=every, weights=weights)
     if not callable(loss):
         raise not_a_function(loss)
+    takes_params(loss)  # refuses one that takes other arguments
     check_optimizer(optimizer)
     _errors.one_of("on_nonfinite", on_nonfinite, ("pass", "clear"))
     return Learner(rec, loss, optimizer, on_nonfinite)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
-from jaxbptt._types import PyTree
+from jaxbptt._signatures import takes_more
+from jaxbptt._types import PyTree, is_one_leaf
 
 
 class LossAndCtY(NamedTuple):
@@ -18,26 +19,38 @@ class LossAndCtY(NamedTuple):
         loss: a floating-point scalar.
         aux: what the loss returned beside it; None if nothing.
         ct_y: ȳ = ∂loss/∂y, a list over the differentiable leaves of y.
+        ct_params: ∂loss/∂params where the loss takes params, a list over their differentiable
+            leaves; else empty.
     """
 
     loss: jax.Array
     aux: PyTree
     ct_y: list[jax.Array]
+    ct_params: list[jax.Array]
 
 
-def evaluate_loss(loss: Callable, y: PyTree, x: PyTree) -> tuple[jax.Array, PyTree]:
+def takes_params(loss: Callable) -> bool:
+    """Whether a loss is `loss(y, x, params)` and not `loss(y, x)`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return takes_more(loss, "loss", ("y", "x"), ("y", "x", "params"))
+
+
+def evaluate_loss(loss: Callable, y: PyTree, x: PyTree, params: PyTree) -> tuple[jax.Array, PyTree]:
     """Calls the loss, and returns its value and its aux as arrays.
 
     Raises:
         TypeError: the loss doesn't return a floating-point scalar, alone or first in a pair.
     """
-    returned, aux = loss(y, x), None
+    returned, aux = loss(y, x, params) if takes_params(loss) else loss(y, x), None
     if isinstance(returned, tuple | list) and len(returned) == 2:
         returned, aux = returned
     # A container or None is refused with the message below, which shows what came.
-    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(returned))
     try:
-        value = as_strong_arrays(returned, "loss", blame="step") if is_leaf else None
+        leaf = returned if is_one_leaf(returned) else None
+        value = as_strong_arrays(leaf, "loss", blame="step")
     except TypeError:  # the message below says that it is about the loss
         value = None
     if value is None or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -45,17 +58,25 @@ def evaluate_loss(loss: Callable, y: PyTree, x: PyTree) -> tuple[jax.Array, PyTr
     return value, as_strong_arrays(aux, "aux", blame="step")
 
 
-def loss_and_ct_y(loss: Callable, y: PyTree, x: PyTree) -> LossAndCtY:
-    """Calls the loss and differentiates it with respect to y, whose leaves are strong arrays.
+def loss_and_ct_y(loss: Callable, y: PyTree, x: PyTree, params: PyTree) -> LossAndCtY:
+    """Calls the loss and differentiates it with respect to y and to the params that it takes.
+
+    The leaves of y and of params are strong arrays.
 
     Raises:
         TypeError: as `evaluate_loss`.
     """
-    # allow_int: y may have integers and keys among its leaves. Their cotangents are float0.
-    with_ct = jax.value_and_grad(lambda y: evaluate_loss(loss, y, x), has_aux=True, allow_int=True)
-    (value, aux), ct_y = with_ct(y)
-    cts = [ct for ct in jax.tree.leaves(ct_y) if ct.dtype != jax.dtypes.float0]
-    return LossAndCtY(value, aux, cts)
+
+    def of(given: tuple[PyTree, PyTree]) -> tuple[jax.Array, PyTree]:
+        return evaluate_loss(loss, given[0], x, given[1])
+
+    # allow_int: there may be integers and keys among the leaves. Their cotangents are float0.
+    with_ct = jax.value_and_grad(of, has_aux=True, allow_int=True)
+    (value, aux), ct = with_ct((y, params if takes_params(loss) else None))
+    ct_y, ct_params = (
+        [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0] for tree in ct
+    )
+    return LossAndCtY(value, aux, ct_y, ct_params)
 
 
 def not_a_function(loss: Any) -> ValueError:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays
+from jaxbptt._arrays import as_strong_arrays, check_range
+from jaxbptt._signatures import check_takes
 from jaxbptt._training.state import LearnerState, Metrics
 from jaxbptt._transforms.tape import settings_of
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
@@ -35,6 +36,18 @@ def run_stream(
 ) -> LearnerState:
     """Runs a whole stream, block by block; see `Learner.run`."""
     _errors.positive_int("block", block)
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            "callback must be a function callback(state, metrics), or None for none, but got "
+            f"{_errors.describe(callback)}. How many steps run between two calls is block."
+        )
+    if callback is not None:
+        check_takes(callback, "callback", ("state", "metrics"))
+    if not isinstance(progress, bool | str):
+        raise ValueError(
+            f"progress must be True, False or a description, but got {_errors.describe(progress)}. "
+            "Pass progress=True for a bar."
+        )
     blocks = _BlockReader(xs, block, settings_of(state.tape).x, int(state.step))
     # Whatever raises from here on, `state` is the newest state, and it is not donated; unless
     # it was a block's call itself that raised.
@@ -111,7 +124,10 @@ class _BlockReader:
         # np.array copies: a stream may fill one buffer again and again.
         arrays = [v if isinstance(v, jax.Array) else np.array(v) for v in leaves]
         types = tuple(map(_type_on_device, arrays))
-        if treedef == self._x_type.treedef and types == self._x_type.leaves:
+        fitting = treedef == self._x_type.treedef and types == self._x_type.leaves
+        if fitting:
+            for leaf in arrays:
+                check_range(leaf, f"after {self._done} steps, x")
             return arrays
         # It is of another type, or of one that NumPy doesn't know but JAX does.
         when = f"after {self._done} steps, x"

@@ -40,6 +40,7 @@ def given_ct_ys(closure: Closure, ct_ys: PyTree, window: int) -> tuple[int, list
     ct_ys = as_strong_arrays(ct_ys, "ct_ys")
     rows = _errors.rows_of(type_of(ct_ys), window)
     y = type_of(closure.layout.outputs.tree()[1])
+    ct_ys = _with_float0_for_none(ct_ys, y, (rows,))
     lead = "of y, with an axis over steps in front"
     return rows, _checked(closure.layout.followed_y, y, ct_ys, "ct_ys", lead, (rows,))
 
@@ -49,6 +50,7 @@ def given_ct_carry(closure: Closure, carry: PyTree, ct_carry: PyTree) -> list:
     if ct_carry is None:
         return [zeros(kind) for kind in closure.kinds.carry]
     ct_carry = as_strong_arrays(ct_carry, "ct_carry")
+    ct_carry = _with_float0_for_none(ct_carry, type_of(carry), ())
     followed = closure.layout.followed.carry
     return _checked(followed, type_of(carry), ct_carry, "ct_carry", "of the carry")
 
@@ -58,6 +60,21 @@ def with_float0(mask: Mask, cts: list, primal: PyTree, rows: tuple[int, ...] = (
     leaves, treedef = jax.tree.flatten(primal)
     empty = [np.zeros((*rows, *leaf.shape), _FLOAT0) for leaf in pick(mask, leaves, False)]
     return jax.tree.unflatten(treedef, combine(mask, cts, empty))
+
+
+def _with_float0_for_none(ct: PyTree, primal: TreeType, rows: tuple[int, ...]) -> PyTree:
+    """The cotangent with float0 arrays where it has None for a leaf without a gradient."""
+    try:
+        parts = primal.treedef.flatten_up_to(ct)
+    except (TypeError, ValueError):
+        return ct  # what is wrong with it is said when it is checked
+    filled = [
+        np.zeros((*rows, *kind.shape), _FLOAT0)
+        if part is None and not kind.differentiable
+        else part
+        for part, kind in zip(parts, primal.leaves, strict=True)
+    ]
+    return jax.tree.unflatten(primal.treedef, filled)
 
 
 def _checked(
@@ -70,7 +87,9 @@ def _checked(
     )
     remedy = f"Cast or reshape {name}."
     if any(leaf.dtype == _FLOAT0 for leaf in expected):
-        remedy += " Integers take float0 cotangents: numpy.zeros(shape, jax.dtypes.float0)."
+        remedy += (
+            " Integers, booleans and keys take None, or numpy.zeros(shape, jax.dtypes.float0)."
+        )
     _errors.same_type(
         f"{name} must have the structure, shapes and dtypes {of}",
         name,

@@ -1,7 +1,7 @@
 """`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jaxbptt._arrays import as_strong_arrays, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
+from jaxbptt._signatures import name_of
 from jaxbptt._transforms.cotangents import (
     Cotangents,
     is_scalar,
@@ -29,6 +30,7 @@ from jaxbptt._transforms.tape import (
     Settings,
     Tape,
     blank,
+    check_counters,
     cleared,
     is_blank,
     is_due,
@@ -64,6 +66,24 @@ class Recorder:
     weights: str
     has_aux: bool
     pace: int | None = None
+
+    def __hash__(self) -> int:
+        # So that jit takes a recorder whose step can't be hashed: as it takes any function.
+        try:
+            step = hash(self.step)
+        except TypeError:
+            step = id(self.step)
+        return hash((step, self.windows, self.every, self.weights, self.has_aux, self.pace))
+
+    def __repr__(self) -> str:
+        aux = ", has_aux=True" if self.has_aux else ""
+        return f"Recorder({name_of(self.step)}, {self.options}{aux})"
+
+    @property
+    def options(self) -> str:
+        """Its options as they would be written, on one line."""
+        pace = "" if self.pace is None else f", pace={self.pace}"
+        return f"window={self.window!r}, every={self.every}, weights={self.weights!r}{pace}"
 
     @property
     def window(self) -> PyTree:
@@ -208,9 +228,10 @@ class Recorder:
                 only their shapes count.
             tape: the tape after the newest step.
             ct_ys: cotangents of the outputs of the last m steps, 1 ≤ m ≤ window: leaves
-                (m, *y.shape), oldest first; of y without aux if `has_aux`. Leaves of y
-                that are integers take float0 arrays.
-            ct_carry: cotangent of the tape's carry; None for zero.
+                (m, *y.shape), oldest first; of y without aux if `has_aux`. For leaves of y
+                without a gradient (integers, booleans, keys) None, or float0 arrays.
+            ct_carry: cotangent of the tape's carry, with None, or float0, for leaves without a
+                gradient; None for zero.
             reach: how many lags they go back, as if the window were that long; see the call.
 
         Returns:
@@ -315,8 +336,9 @@ def record(
         A `Recorder`.
 
     Raises:
-        ValueError: `window` holds something else than positive ints, `every` is not one, or
-            `weights` is none of these; from `init` on, `window` does not fit the carry.
+        ValueError: `window` holds something else than positive ints below 2³¹, `every` is not a
+            positive int, or `weights` is none of these; from `init` on, `window` does not fit
+            the carry.
 
     Cost:
         `window` slots of residuals, whatever the length of the loop; for a gradient,
@@ -341,7 +363,7 @@ def record(
     """
     if not callable(step):
         raise _errors.not_callable(step)
-    windows = Windows.of(window)
+    windows = Windows.of(window).countable()
     _errors.positive_int("every", every)
     # What the mode decides, and where: what goes into a slot (`slot_types`, `record_step`,
     # `_call`), which residuals are made of the parameters at hand (`trace_recorder`, and from there
@@ -411,15 +433,23 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     for name, kind in (("params", made.params), ("tape.carry", made.carry), ("x", made.x)):
         lead = f"{name} must be of the type that the tape was made for"
         _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
+    check_counters(tape)
     closure = trace_recorder(recorder, params, tape.carry, x, made.sources)
     slot, came = slot_types(recorder, closure, tape.carry, x), layout(tape)
-    if slot == came and made.step == program_hash(closure):
+    of_this_step = made.step == program_hash(closure)
+    if slot == came and of_this_step:
         return closure, tape
     if is_blank(tape):
         return closure, _blank_tape(recorder, closure, params, tape.carry, x)
+    if slot != came and of_this_step and len(slot) == len(came):
+        _errors.same_leaves_as_made(*map(_by_name, (slot, came)))
     if slot != came:
         raise _errors.other_residuals(slot, came)
     raise _errors.other_step()
+
+
+def _by_name(slot: Sequence[LeafType]) -> dict[str, LeafType]:
+    return {f"_ring[{i}], a slot of it": kind for i, kind in enumerate(slot)}
 
 
 def _blank_tape(
@@ -541,7 +571,7 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
     of_y = pick(asked, ct_y)
 
     def back() -> _GroupCotangents:
-        window = tape_window(closure, tape, saved.params, saved.invariant, rows, reach)
+        window = tape_window(closure, tape, saved.params, saved.invariant, rows, reach=reach)
         ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in of_y]
         wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=False)
         ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)

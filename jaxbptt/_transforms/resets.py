@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
-from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type, type_of
+from jaxbptt._signatures import takes_more
+from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, is_one_leaf, leaf_type, type_of
 
 
-def with_resets(step: StepFn, initial_carry: PyTree | Callable[[PyTree], PyTree]) -> StepFn:
+def with_resets(step: StepFn, initial_carry: PyTree | Callable[..., PyTree]) -> StepFn:
     """Makes a step whose input says which sequences start anew: `(x, is_first)` for x.
 
     Where is_first_s holds, step s starts from the initial carry c_0 in place of c_{s-1}:
@@ -33,7 +34,12 @@ def with_resets(step: StepFn, initial_carry: PyTree | Callable[[PyTree], PyTree]
             of the carry's structure and dtypes, each leaf broadcastable to the carry's: (H,)
             will do for (B, H). From the function, the parameters receive c_0's gradient,
             whatever the window, as it is computed inside the step. Something callable
-            counts as the function.
+            counts as the function. Or `initial_carry(params, carry, x)`, which also gets the
+            carry that is abandoned and x without its flag: for a shape, a key, a part that goes
+            on. It gets all three if it can't be called with params alone, as its signature
+            says: arguments with a default and `*args` don't ask for them. A gradient crosses
+            the reset through what it makes of that carry, unless `jax.lax.stop_gradient` is
+            put in the way.
 
     Returns:
         A step of the same name, `step(params, carry, (x, is_first)) -> (carry, y)`, for
@@ -41,9 +47,9 @@ def with_resets(step: StepFn, initial_carry: PyTree | Callable[[PyTree], PyTree]
         sequence: of shape (B,) it resets elements of the batch, of shape () all of them.
 
     Raises:
-        ValueError: `step` is not a function; or, when the step is traced, x is not a pair,
-            is_first is not bool or of a shape with which some leaf of the carry doesn't
-            begin, or c_0 doesn't go with the carry.
+        ValueError: `step` is not a function, or `initial_carry` one of other arguments; or,
+            when the step is traced, x is not a pair, is_first is not bool or of a shape with
+            which some leaf of the carry doesn't begin, or c_0 doesn't go with the carry.
 
     Cost:
         A select of each leaf of the carry and one c_0 per step, forward and in each step
@@ -75,11 +81,23 @@ def with_resets(step: StepFn, initial_carry: PyTree | Callable[[PyTree], PyTree]
     """
     if not callable(step):
         raise _errors.not_callable(step)
+    computed = callable(initial_carry)
+    wants_all = computed and takes_more(
+        initial_carry, "initial_carry", ("params",), ("params", "carry", "x")
+    )
+
+    def initial_of(params: PyTree, carry: PyTree, x: PyTree) -> PyTree:
+        form = "initial_carry(params, carry, x)" if wants_all else "initial_carry(params)"
+        try:
+            return initial_carry(params, carry, x) if wants_all else initial_carry(params)
+        except Exception as error:
+            error.add_note(f"Raised by initial_carry, which with_resets called as {form}.")
+            raise
 
     @functools.wraps(step)
     def resetting_step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         x, is_first = _pair(x)
-        initial = initial_carry(params) if callable(initial_carry) else initial_carry
+        initial = initial_of(params, carry, x) if computed else initial_carry
         initial, carry = (
             as_strong_arrays(initial, "initial_carry"),
             as_strong_arrays(carry, "carry"),
@@ -108,8 +126,7 @@ def _pair(inputs: PyTree) -> tuple[PyTree, jax.Array]:
             f"{_described(inputs)}. Pass the flags along, e.g. xs=(xs, is_first) to scan."
         )
     x, is_first = inputs
-    one_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(is_first))
-    flags = as_strong_arrays(is_first, "is_first") if one_leaf else None
+    flags = as_strong_arrays(is_first, "is_first") if is_one_leaf(is_first) else None
     if flags is None or flags.dtype != jnp.bool:
         raise ValueError(
             "is_first must be a bool array, True where a sequence starts, but got "
@@ -139,7 +156,7 @@ def _check_types(initial: TreeType, carry: TreeType, flags: LeafType) -> None:
         "initial_carry",
         carry,
         fitting,
-        "Make it like the carry that the loop starts from, e.g. with h.astype(jnp.float32).",
+        f"Make it like the carry that the loop starts from{_errors.cast(carry, initial)}.",
         words=("in the carry", "given"),
     )
 

@@ -15,9 +15,10 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays, structs_of, zeros
+from jaxbptt._arrays import as_strong_arrays, size_in_bytes, structs_of, zeros
 from jaxbptt._closure.closure import Sources
-from jaxbptt._types import LeafType, PyTree, TreeType, leaf_type, type_of
+from jaxbptt._serialization import tell_flax
+from jaxbptt._types import LeafType, PyTree, TreeType, in_words, leaf_type, type_of
 from jaxbptt._windows import Windows
 
 
@@ -83,6 +84,15 @@ class Tape:
     _in_flight: InFlight | None
     _settings: Settings
 
+    def __post_init__(self) -> None:
+        tell_flax()
+
+    def __repr__(self) -> str:
+        made, window = self._settings, self._settings.windows.tree()
+        options = f"window={window!r}, every={made.every}, weights={made.weights!r}"
+        options += "" if made.pace is None else f", pace={made.pace}"
+        return f"Tape({options}, carry={in_words(self.carry)}, ring {_size(self._ring)})"
+
     @property
     def nbytes(self) -> int:
         """Bytes of the ring."""
@@ -110,6 +120,15 @@ class Tape:
             "Cast or reshape it, or make a new tape with init.",
         )
         return dataclasses.replace(self, carry=carry)
+
+
+def _size(ring: Sequence[Any]) -> str:
+    """The bytes of a ring in words; of leaves that are no arrays nothing is known."""
+    if not all(hasattr(leaf, "size") and hasattr(leaf, "dtype") for leaf in ring):
+        return "of unknown size"
+    size, units = size_in_bytes(ring), ("KiB", "MiB", "GiB", "TiB")
+    power = min((max(size, 1).bit_length() - 1) // 10, len(units))
+    return f"{size / 1024**power:.1f} {units[power - 1]}" if power else f"{size} B"
 
 
 jax.tree_util.register_dataclass(
@@ -179,7 +198,7 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
     return dataclasses.replace(
         tape,
         carry=carry,
-        length=jnp.minimum(tape.length + 1, window),
+        length=jnp.minimum(tape.length, window - 1) + 1,
         _ring=ring,
         _head=head,
         _phase=tape._phase % every + 1,
@@ -258,6 +277,7 @@ def x_struct(tape: Tape) -> PyTree:
     It lies over the Explicit axes that the tape lies over now: a tape may have been brought
     to another mesh, or off it, since it was made.
     """
+    check_counters(tape)
     kinds = map(leaf_type, [*tape._ring, *jax.tree.leaves(tape.carry)])
     mesh = next((kind.sharding.mesh for kind in kinds if kind.sharding), None)
 
@@ -268,6 +288,34 @@ def x_struct(tape: Tape) -> PyTree:
 
     x = tape._settings.x
     return structs_of(dataclasses.replace(x, leaves=tuple(map(laid, x.leaves))))
+
+
+def check_counters(tape: Tape) -> None:
+    """Refuses a tape whose counters are not what every tape has: something computed with them.
+
+    Raises:
+        ValueError: a counter is no int32 scalar, or the ring has not as many slots as it was made
+            with.
+    """
+    counter = LeafType((), jnp.dtype(jnp.int32))
+    slots = tape._settings.slots
+    expected: dict[str, LeafType | None] = {}
+    got: dict[str, LeafType | None] = {}
+    for name in ("length", "_head", "_phase"):
+        expected[name] = counter
+        got[name] = _type_or_none(getattr(tape, name))
+    if tape._in_flight is not None:
+        expected["_in_flight.count"] = counter
+        got["_in_flight.count"] = _type_or_none(tape._in_flight.count)
+    for i, leaf in enumerate(tape._ring):
+        kind = got[f"_ring[{i}]"] = _type_or_none(leaf)
+        shape = (*slots, *kind.shape[len(slots) :]) if kind else slots
+        expected[f"_ring[{i}]"] = LeafType(shape, kind.dtype) if kind else kind
+    _errors.same_leaves_as_made(expected, got)
+
+
+def _type_or_none(leaf: Any) -> LeafType | None:
+    return leaf_type(leaf) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else None
 
 
 def layout(tape: Tape) -> tuple[LeafType, ...]:
@@ -339,10 +387,21 @@ def columns_of(tape: Tape) -> Columns:
     return Columns(read, lambda lag: place(lag)[0], lambda lag: place(lag)[1], in_flight)
 
 
+def in_flight_of(tape: Tape) -> InFlight | None:
+    """The cotangents that are on their way back, None without a pace."""
+    return tape._in_flight
+
+
 def with_chains(tape: Tape, lam: list[jax.Array]) -> Tape:
     """The tape with its chains moved on."""
     assert tape._in_flight is not None
     return dataclasses.replace(tape, _in_flight=dataclasses.replace(tape._in_flight, lam=lam))
+
+
+def with_group_ended(tape: Tape, ends: jax.Array) -> Tape:
+    """The tape with its group ended at the newest step where `ends` holds."""
+    every = jnp.asarray(tape._settings.every, jnp.int32)
+    return dataclasses.replace(tape, _phase=jnp.where(ends, every, tape._phase))
 
 
 def is_due(tape: Tape) -> jax.Array:

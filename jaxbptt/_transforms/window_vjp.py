@@ -41,6 +41,7 @@ class Window:
         steps: how many lags there are at most (static).
         reach: lags from here on are not reached (may be traced).
         parts: of each leaf of λ, how many lags it is followed; nothing where that is all.
+        cut: the same where a group is shorter than `parts` allows for (traced); else nothing.
         as_far: whether the loop over the lags ends where the reach does, and not at `steps`.
         keep: λ is divided by this as it goes on to a further lag, ȳ by as much.
     """
@@ -50,8 +51,15 @@ class Window:
     steps: int
     reach: Any
     parts: tuple[int, ...] = ()
+    cut: tuple[Any, ...] = ()
     as_far: bool = False
     keep: float = 1.0
+
+    def followed(self, lag: Any, alive: Mask) -> list:
+        """Of each leaf of λ whether it is followed at a lag, one of a segment's."""
+        if not self.cut:
+            return list(alive)
+        return [a & (lag < cut) for a, cut in zip(alive, self.cut, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,15 +252,17 @@ def _sweep(
     def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
         lag, ct_y = row
-        live = (lag < window.reach) & (lag < segment.stop)
+        live, followed = (lag < window.reach) & (lag < segment.stop), window.followed(lag, alive)
+        # A leaf that is cut in the midst of a segment stays what it was, and sends nothing on.
+        sent = _each(where_or_zero, followed, lam) if window.cut else lam
         ct_y = _scaled(ct_y, window.keep, -lag) if window.keep != 1 else ct_y
-        args = [*window.read(lag), *window.invariant, *pick(alive, lam), *ct_y]
+        args = [*window.read(lag), *window.invariant, *pick(alive, sent), *ct_y]
         made = _at_lag(contraction, args, [*kinds.carry, *x_kinds], live)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
         older, xs = made.outs[: len(lam)], made.outs[len(lam) :]
         older = _scaled(older, window.keep, jnp.int32(-1)) if window.keep != 1 else older
-        lam = _each(jnp.where, [live & a for a in alive], older, lam)
+        lam = _each(jnp.where, [live & f for f in followed], older, lam)
         kept = [where_or_zero(live, v) for v in (*xs, *made.operands)]
         return (lam, contraction.add(sums, made.summands, live)), kept
 
@@ -385,6 +395,7 @@ def tape_window(
     params: list,
     invariant: list,
     rows: int,
+    group: jax.Array | None = None,
     reach: Reach | None = None,
 ) -> Window:
     """What the last `rows` outputs of a group reach of a tape, as far as it is recorded.
@@ -395,10 +406,12 @@ def tape_window(
         params: leaves of the parameters, for "replayed".
         invariant: the residuals that depend on parameters alone.
         rows: how many outputs send cotangents back.
+        group: how many steps the group has (traced), None where it has at least `rows`. One that
+            is over after fewer reaches no further behind its first step.
         reach: how many lags of the window count; None for all.
     """
     settings, windows = settings_of(tape), (closure.layout.window, *closure.layout.parts)
-    held, limit, recorded = settings.window, None, tape.length
+    held, recorded, limit = settings.window, tape.length, None
     if reach is not None and reach.traced:
         tape, params, invariant = once_differentiable((tape, params, invariant))
     if reach is not None:
@@ -413,9 +426,16 @@ def tape_window(
     read = reader(tape)
     if settings.weights == "replayed":
         read = replayed(closure, params, read, held, recorded, as_far=limit is not None)
-    farthest = jnp.minimum(tape.length, steps if limit is None else jnp.minimum(limit, steps))
+    farthest, cut = jnp.minimum(tape.length, steps), list[Any]()
+    if limit is not None:
+        farthest = jnp.minimum(farthest, limit)
+    if group is not None:
+        last = jnp.minimum(group, rows)
+        shorter, *cut = (jnp.minimum(w, last + max(w - settings.every, 0)) for w in windows)
+        farthest = jnp.minimum(farthest, shorter)
     keep = 1.0 if reach is None else reach.keep
-    return Window(read, invariant, steps, farthest, tuple(parts), limit is not None, keep)
+    as_far = limit is not None
+    return Window(read, invariant, steps, farthest, tuple(parts), tuple(cut), as_far, keep)
 
 
 def given_window(
@@ -429,7 +449,7 @@ def given_window(
     """Checked cotangents from outside, and what they reach of a tape."""
     rows, ys = given_ct_ys(closure, ct_ys, closure.layout.window)
     lam, leaves = given_ct_carry(closure, tape.carry, ct_carry), jax.tree.leaves(params)
-    window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows, reach)
+    window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows, reach=reach)
     return window, Arriving(lam, ys, rows)
 
 

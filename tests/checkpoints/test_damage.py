@@ -1,5 +1,6 @@
 """A checkpoint that changed on disk is refused: any bit of any array, and of the manifest."""
 
+import json
 import random
 
 import jax
@@ -96,8 +97,6 @@ def test_another_number_in_the_manifest_is_refused(saved, state):
 
 
 def test_one_of_before_there_were_checksums_is_read(saved, state):
-    import json
-
     (file,) = [f for f in saved.rglob("*") if f.is_file() and b"123456" in f.read_bytes()]
     manifest = json.loads(file.read_text())
     for leaf in manifest["leaves"]:
@@ -105,3 +104,44 @@ def test_one_of_before_there_were_checksums_is_read(saved, state):
     del manifest["checksum"]
     file.write_text(json.dumps(manifest))
     assert equal(jaxbptt.checkpoints(saved, REC).restore(state)[0], state)
+
+
+def without(key):
+    def change(manifest):
+        del manifest[key]
+        return manifest
+
+    return change
+
+
+def without_names(manifest):
+    del manifest["leaves"][1]["name"]
+    return manifest
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *((without(key), f"has no '{key}'") for key in "leaves tapes format jax data".split()),
+        (without_names, "has no 'name' in entry 1 of 'leaves'"),
+        (lambda m: m | {"leaves": {}}, "has no 'leaves' of the right type"),
+        (lambda m: m | {"tapes": ["tape"]}, "has no 'path' in entry 0 of 'tapes'"),
+        (lambda m: [m], "has no keys"),
+        (lambda m: None, "has no keys"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_refused(saved, state, change, said, sealed):
+    (file,) = [f for f in saved.rglob("*") if f.is_file() and b"123456" in f.read_bytes()]
+    manifest = json.loads(file.read_text())
+    if not sealed:  # as of before there were checksums
+        del manifest["checksum"]
+    file.write_text(json.dumps(change(manifest)))
+    with pytest.raises(ValueError, match=rf"^checkpoint 5 in .*, but its manifest {said}\. Take"):
+        jaxbptt.checkpoints(saved, REC).restore(state)
+
+
+@pytest.mark.parametrize("directory", [None, 3, b"run", ["run"], REC])
+def test_a_directory_is_a_path(directory):
+    with pytest.raises(ValueError, match=r"directory must be a path, .* but got .* Name a folder"):
+        jaxbptt.checkpoints(directory, REC)

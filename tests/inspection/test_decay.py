@@ -492,3 +492,30 @@ def test_what_is_wrong_is_said():
             match=rf"^delta must be above 0, but got .*{delta}",
         ):
             decay.window_within(delta)
+
+
+@pytest.mark.parametrize("bad", [jnp.ones(2) / 2, np.ones(1), [0.5], "0.5x", None, 1j, (), {}])
+def test_a_share_is_one_number(bad):
+    norms = 0.5 ** np.arange(4.0)
+    decay = fit_decay(ByLag({"w": norms}, norms, {"w": norms}))
+    with pytest.raises(
+        ValueError, match=r"^share must be one number, above 0 and at most 1, but got"
+    ):
+        decay.window_for(bad)
+    with pytest.raises(ValueError, match=r"^delta must be one number, above 0, but got"):
+        decay.window_within(bad)
+    with pytest.raises(ValueError, match=r"^share must be one number"):
+        jax.jit(decay.window_for)(jnp.ones(2) / 2)
+    shares = jnp.array([0.5, 0.9])
+    assert jax.vmap(decay.window_for)(shares).tolist() == [decay.window_for(s) for s in (0.5, 0.9)]
+
+
+def test_it_prints_on_one_line():
+    norms = 0.5 ** np.arange(4.0)
+    lags = ByLag({"w": norms}, norms, {"w": norms})
+    assert repr(fit_decay(lags)) == "Decay(rate=0.5, lags=4)"
+    seen = []
+    jax.eval_shape(lambda v: seen.append(repr(fit_decay(v))), lags)
+    assert seen == ["Decay(rate=float64[], share=float64[4])"]
+    batch = jax.vmap(fit_decay)(jax.tree.map(lambda v: np.stack([v, v]), lags))
+    assert repr(batch) == "Decay(rate=float64[2], share=float64[2,4])"

@@ -14,7 +14,8 @@ MODULES = sorted(LIBRARY.glob("**/*.py"))
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 # In the order in which they build on one another; those side by side don't know each other.
 WINGS = [
-    *[{name} for name in "_version _compat _types _errors _arrays _windows".split()],
+    *[{name} for name in "_version _compat _serialization _types _errors".split()],
+    *[{name} for name in "_signatures _arrays _windows".split()],
     *[{name} for name in "_jaxprs _closure _transforms".split()],
     {"_training", "_inspection"},
     *[{name} for name in "_checkpoints __init__ _demo __main__".split()],

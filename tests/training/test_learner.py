@@ -466,6 +466,37 @@ def test_evaluate_records_nothing():
     assert shapes == {CASE.carry.shape, (T,)}
 
 
+@pytest.mark.parametrize(
+    ("xs", "came"),
+    [
+        (1.0, r"xs: float64\[\]"),
+        (
+            {"a": np.ones(3), "b": np.ones(2)},
+            r"xs\['a'\]: float64\[3\]\n  \* xs\['b'\]: float64\[2\]",
+        ),
+        ({"a": np.ones(3), "b": 1.0}, r"xs\['a'\]: float64\[3\]\n  \* xs\['b'\]: float64\[\]"),
+        (None, "xs: no leaves"),
+        ((), "xs: no leaves"),
+    ],
+)
+def test_evaluate_takes_inputs_of_several_steps(xs, came):
+    learner, state = started()
+    said = rf"xs must be inputs of several steps, .* but got\n  \* {came}\nStack the inputs"
+    with pytest.raises(ValueError, match=said):
+        learner.evaluate(state, xs)
+
+
+def test_evaluate_takes_a_carry_like_the_one_on_the_tape():
+    learner, state = started()
+    with pytest.raises(ValueError, match="carry must have the containers and dtypes of the carry"):
+        learner.evaluate(state, CASE.xs(2), {"h": CASE.carry})
+    with pytest.raises(ValueError, match=r"e\.g\. with h\.astype\(jnp\.float64\)"):
+        learner.evaluate(state, CASE.xs(2), CASE.carry.astype(jnp.float32))
+    wider = jnp.concatenate([CASE.carry, CASE.carry])  # another batch is no fault
+    xs = jnp.concatenate([CASE.xs(2), CASE.xs(2)], 1)
+    assert learner.evaluate(state, xs, wider)[0].shape == wider.shape
+
+
 # ------------------------------------------------------------------- not finite
 
 
@@ -572,6 +603,30 @@ def test_a_loss_that_is_none(returned, came):
 def test_options(options, said):
     with pytest.raises(ValueError, match=said):
         make(**options)
+
+
+def test_a_state_that_was_computed_with():
+    learner, state = started(every=3)
+    mean = jax.tree.map(lambda v: v / 2, state)
+    with pytest.raises(ValueError, match=r"state.step must be an integer.* but got .* float32"):
+        learner.update(mean, CASE.x())
+    with pytest.raises(ValueError, match="tape must have leaves of the types that it was made"):
+        learner.update(mean._replace(step=state.step), CASE.x())
+    half = jax.tree.map(lambda v: v.astype(jnp.float32), state.pending)
+    said = r"state\.pending must be of the type that init made.*\n.*ct_ys.*float64.*float32"
+    for call in (lambda s: learner.update(s, CASE.x()), learner.flush):
+        with pytest.raises(ValueError, match=said):
+            call(state._replace(pending=half))
+    with pytest.raises(ValueError, match=r"state\.pending must be of the type that init made"):
+        learner.update(state._replace(pending=None), CASE.x())
+
+
+def test_it_prints_on_one_line():
+    learner, state = started(every=2, weights="current")
+    functions = f"{CASE.step.__name__}, wave"
+    options = "window=3, every=2, weights='current'"
+    assert repr(learner) == f"Learner({functions}, {options}, on_nonfinite='pass')"
+    assert f"tape=Tape({options}, carry=float64[2,4], ring " in repr(state)
 
 
 def test_another_state():

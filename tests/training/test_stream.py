@@ -503,3 +503,55 @@ def test_a_learner_need_not_be_hashable():
     learner = jaxbptt.learner(Step(), lambda y, x: y**2, momentum(), window=2)
     state = learner.run(learner.init(0.5, 0.0, 0.0), [0.1] * 3, block=2)
     assert state.step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"callback": 3}, r"callback must be a function callback\(state, metrics\), .* but got 3"),
+        ({"callback": "save"}, "callback must be a function .* but got 'save'"),
+        ({"callback": lambda state: 0}, r"callback must be callable as callback\(state, metrics\)"),
+        ({"progress": 3}, "progress must be True, False or a description, but got 3"),
+        ({"progress": None}, "progress must be True, False or a description, but got None"),
+    ],
+)
+def test_options_of_a_run(options, said):
+    learner = make()
+    state = begun(learner)
+    with pytest.raises(ValueError, match=said):
+        learner.run(state, stream(), **options)
+    assert not state.step.is_deleted()
+
+
+def test_a_number_that_would_wrap_is_refused():
+    """NumPy has room for it, and the device has not."""
+    learner = jaxbptt.learner(lambda w, c, x: (c, w), lambda y, x: y * 0, OPTIMIZER, window=2)
+    with jax.enable_x64(False) if hasattr(jax, "enable_x64") else jax.experimental.disable_x64():
+        state = learner.init(np.float32(1), np.float32(0), 0)
+        state = learner.run(state, [1, -(2**31)])
+        with pytest.raises(ValueError, match=r"^after 2 steps, x must be a number that int32 can"):
+            learner.run(state, [2**33])
+        with pytest.raises(
+            ValueError, match=r"^x must be a number that int32 can hold, but got 85"
+        ):
+            learner.update(state, np.int64(2**33))
+        with pytest.raises(
+            ValueError, match=r"^x must be a number that uint32 can hold, but got 1"
+        ):
+            learner.update(state, np.array([1, 2**40], np.uint64))
+
+
+def test_functions_that_can_not_be_hashed():
+    class Unhashable:
+        __hash__ = None
+
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, params, carry, x):
+            return self.function(params, carry, x)
+
+    learner = make(Unhashable(step))
+    plain = make()
+    got, want = (each.run(begun(each), stream(), block=5) for each in (learner, plain))
+    oracles.check("unhashable", oracles.moving(got.params), oracles.moving(want.params), 0.0)

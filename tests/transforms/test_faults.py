@@ -1,5 +1,6 @@
 """Faults: each is one sentence at trace time, and the tape survives a refused call."""
 
+import dataclasses
 import functools
 import re
 import traceback
@@ -346,7 +347,148 @@ def test_a_batch_of_tapes_is_not_a_tape():
         rec(PARAMS, tapes, X)
 
 
+MADE_WITH = r"(?s)^tape must have leaves of the types that it was made with, but "
+
+
+def means(*tapes):
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *tapes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: means(t, t), "3 of 6.*tape.length: int32.. expected, float32"),
+        (lambda t: jax.tree.map(lambda v: v.astype(jnp.float16), t), "3 of 6.*length"),
+        (
+            lambda t: jax.tree.map(lambda v: None, t),
+            "6 of 6.*tape.length: int32.. expected, no arr",
+        ),
+        (
+            lambda t: jax.tree.map(lambda v: v[None], t),
+            "6 of 6.*_head: int32.. expected, int32.1. g",
+        ),
+        (
+            lambda t: jax.tree.map(lambda v: v.astype(F32) if v.dtype != jnp.int32 else v, t),
+            None,
+        ),
+        (
+            lambda t: jax.tree.map(lambda v: v.astype(jnp.float16) if v.ndim > 1 else v, t),
+            r"3 of 3.*_ring.0., a slot of it: float32.3,3. expected, float16",
+        ),
+        (lambda t: jax.tree.map(lambda v: v[:2] if v.ndim > 1 else v, t), "3 of 6.*_ring.0."),
+    ],
+)
+def test_a_tape_that_was_computed_with_is_refused(change, said):
+    tape = recorded_tape()
+    changed = change(tape)
+    changed = dataclasses.replace(changed, carry=tape.carry)
+    if said is None:
+        rec(PARAMS, changed, X)
+        return
+    for call in (
+        lambda: rec(PARAMS, changed, X),
+        lambda: rec.pullback(PARAMS, changed, ONE),
+        lambda: jaxbptt.gradient_by_lag(rec, PARAMS, changed, ONE),
+        lambda: jax.jit(rec)(PARAMS, changed, X),
+    ):
+        with pytest.raises(ValueError, match=MADE_WITH + said) as caught:
+            call()
+        assert is_a_sentence(str(caught.value))
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def test_a_window_that_no_counter_can_count():
+    for window, path in ((2**31, ""), ({"h": 3, "n": 2**40}, r"\['n'\]")):
+        said = rf"^window{path} must be at most 2147483647 \(a tape counts its steps in int32\)"
+        with pytest.raises(ValueError, match=said):
+            jaxbptt.record(step, window=window)
+    scanned = jaxbptt.scan(lambda c, x: (c + x, c), 0.0, jnp.ones(3), window=2**31)
+    assert float(scanned[0]) == 3
+
+
+def test_the_longest_window_does_not_overflow():
+    recorder = jaxbptt.record(lambda p, c, x: (c + x, None), window=2**31 - 1)
+    tape = recorder.init(None, 1.0, 1.0)
+    full = jnp.int32(2**31 - 1)
+    tape = dataclasses.replace(tape, length=full, _head=full - 1, _phase=tape._phase + 1)
+    assert recorder(None, tape, 1.0)[0].length == full
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        (r"x\['n'\]", lambda big: rec.init(PARAMS, CARRY, {"n": big})),
+        (r"params\['w'\]", lambda big: rec.init({"w": big}, CARRY, X)),
+        (r"carry\['n'\]", lambda big: rec.init(PARAMS, CARRY | {"n": big}, X)),
+        ("x", lambda big: rec(PARAMS, recorded_tape(), big)),
+    ],
+)
+def test_a_number_that_no_integer_holds(name, call):
+    for big in (2**65, -(2**65)):
+        said = rf"^{name} must be a number that int64 can hold, but got {big}\. Pass a float"
+        with pytest.raises(ValueError, match=said):
+            call(big)
+    with pytest.raises(TypeError, match="step must return a number that int64 can hold, but y is"):
+        jaxbptt.record(lambda p, c, x: (c, 2**65), window=2).init(PARAMS, CARRY, X)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast"),
+    [
+        (jnp.bfloat16, r"e\.g\. with h\.astype\(jnp\.bfloat16\)\.(\n|$)"),
+        (jnp.int32, r"e\.g\. with h\.astype\(jnp\.int32\)\.(\n|$)"),
+        (jnp.complex64, r"e\.g\. with h\.astype\(jnp\.complex64\)\.(\n|$)"),
+        (bool, r"e\.g\. with h\.astype\(jnp\.bool\)\.(\n|$)"),
+        (jnp.float64, r"that it came in\.(\n|$)"),  # of another shape alone
+    ],
+)
+def test_the_remedy_is_the_dtype_that_came_in(dtype, cast):
+    def returns_another(params, carry, x):
+        return jnp.zeros(3, jnp.float64), None
+
+    start = jnp.zeros(2 if dtype == jnp.float64 else 3, dtype)
+    with pytest.raises(TypeError, match=cast):
+        jaxbptt.record(returns_another, window=2).init(None, start, None)
+
+
+def test_a_complex_number_is_cast_by_its_real_part():
+    recorder = jaxbptt.record(lambda p, c, x: (jax.lax.complex(c, c), None), window=2)
+    with pytest.raises(TypeError, match=r"e\.g\. with h\.real\.astype\(jnp\.float64\)"):
+        recorder.init(None, jnp.zeros(2, jnp.float64), None)
+
+
 # --------------------------------------------------------------- cotangents
+
+
+def test_none_will_do_for_what_has_no_gradient():
+    """In y and in the carry, where float0 is still taken; for a float it is not."""
+
+    def with_others(params, carry, x):
+        carry, y = step(params, carry, X)
+        return carry, {"a": y, "n": carry["n"], "none": None, "key": x["key"]}
+
+    recorder, x = jaxbptt.record(with_others, window=3), {"key": jax.random.key(0)}
+    tape = recorder.init(PARAMS, CARRY, x)
+    for _ in range(2):
+        tape, _ = recorder(PARAMS, tape, x)
+    ct_ys = {"a": jnp.ones(2, F32), "n": None, "none": None, "key": None}
+    by_hand = ct_ys | {"n": np.zeros(2, FLOAT0), "key": np.zeros(2, FLOAT0)}
+    ct_carry = {"h": X, "n": None}
+    want = recorder.pullback(PARAMS, tape, by_hand, {"h": X, "n": ZERO_N})
+    got = recorder.pullback(PARAMS, tape, ct_ys, ct_carry)
+    assert snapshot(got) == snapshot(want)
+    lags = [
+        jaxbptt.gradient_by_lag(recorder, PARAMS, tape, *cts)
+        for cts in ((by_hand, {"h": X, "n": ZERO_N}), (ct_ys, ct_carry))
+    ]
+    assert snapshot(lags[0]) == snapshot(lags[1])
+    with pytest.raises(ValueError, match=r"ct_ys\['a'\]: .*nothing got"):
+        recorder.pullback(PARAMS, tape, ct_ys | {"a": None, "n": np.zeros(1, FLOAT0)})
+    with pytest.raises(ValueError, match=r"(?s)ct_carry\['h'\]: .*nothing got"):
+        recorder.pullback(PARAMS, tape, ct_ys, {"h": None, "n": None})
+
 
 CT_YS = r"^ct_ys must have the structure, shapes and dtypes of y.*"
 CT_CARRY = r"^ct_carry must have the structure, shapes and dtypes of the carry.*"

@@ -74,6 +74,7 @@ def ours(step, params, carry, xs, window, ct_carry, ct_ys, **options):
 @pytest.fixture
 def given_draws(monkeypatch):
     """Makes the draws those of a pattern of cuts, bool (length - 1,), as a window's key."""
+    monkeypatch.setattr("jaxbptt._errors.is_key", lambda name, key: None)
     monkeypatch.setattr(
         jax.random, "uniform", lambda cuts, shape: jnp.where(cuts, 0.0, 1.0).reshape(shape)
     )
@@ -296,6 +297,22 @@ def test_a_mean_or_alpha_that_is_no_number_above_one_is_refused(name, value):
     given = {"mean": 5, name: value}
     with pytest.raises(ValueError, match=rf"{name} must be a number above 1 \(.*but got"):
         jaxbptt.random_window(jax.random.key(0), **given)
+
+
+@pytest.mark.parametrize("key", [None, 0, 0.5, "key", np.zeros(2), jnp.zeros((), jnp.int32), ()])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match=r"key must be a key for jax.random, but got .*Make one"):
+        jaxbptt.random_window(key, 3)
+
+
+def test_a_run_is_drawn_from_one_key():
+    step, w, h, xs = small()
+    for keys in (jax.random.split(jax.random.key(0)), jax.random.split(jax.random.PRNGKey(0))):
+        window = jaxbptt.random_window(keys, 3)
+        with pytest.raises(ValueError, match="window must be drawn from one key for a run, but"):
+            jaxbptt.scan(lambda c, x: step(w, c, x), h, xs, window=window)
+        batch = jax.vmap(lambda v: jaxbptt.scan(lambda c, x: step(w, c, x), h, xs, window=v)[1])
+        assert jax.tree.leaves(batch(window))[0].shape[0] == 2
 
 
 def test_a_random_window_is_refused_where_it_has_no_meaning():

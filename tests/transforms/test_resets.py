@@ -475,6 +475,13 @@ FAULTS = [
         initial=GOOD | {"h": GOOD["h"].astype(jnp.float32)},
     ),
     Fault(
+        "what to cast to",
+        r"Make it like the carry that .* starts from, e\.g\. with h\.astype\(jnp.float64\)",
+        initial=GOOD | {"h": GOOD["h"].astype(jnp.float32)},
+    ),
+    Fault("empty flags", r"is_first must .* a tuple of length 0", inputs=(XS[0], ())),
+    Fault("a dict for flags", r"is_first must .* but got a dict", inputs=(XS[0], {})),
+    Fault(
         "no broadcast",
         r"initial_carry\['h'\]: float64\[4,3\] in the carry, float64\[2\] given\nMake",
         initial=GOOD | {"h": jnp.zeros(2)},
@@ -528,3 +535,80 @@ def test_a_step_that_is_no_function_is_refused():
         match=re.escape("step must be a function step(params, carry, x)"),
     ):
         with_resets(GOOD, initial)
+
+
+# ------------------------------------------------ an initial carry of more than params
+
+
+class Kept:
+    """A callable object: the integer that counts steps goes on across resets."""
+
+    def __call__(self, params, carry, x):
+        assert x.shape == (ROWS,)
+        return {**jax.vmap(initial)(params), "n": carry["n"]}
+
+
+def kept(params, carry, x):
+    return Kept()(params, carry, x)
+
+
+def any_arguments(*args):
+    assert len(args) == 1
+    return jax.vmap(initial)(*args)
+
+
+def optional(params, carry=None, x=None):
+    assert carry is None
+    return jax.vmap(initial)(params)
+
+
+@pytest.mark.parametrize(
+    ("function", "goes_on"),
+    [
+        (kept, True),
+        (Kept(), True),
+        (lambda params, carry, x: kept(params, carry, x), True),
+        (functools.partial(lambda more, p, c, x: kept(p, c, x), 1), True),
+        (jax.jit(kept), True),
+        (any_arguments, False),
+        (optional, False),
+        (functools.partial(optional, carry=None), False),
+    ],
+)
+def test_an_initial_carry_gets_carry_and_x_if_it_wants_them(function, goes_on):
+    step = with_resets(jax.vmap(cell), function)
+    carry = {**START, "n": jnp.arange(ROWS)}
+    got, _ = step(PARAMS, carry, (XS[0], IS_FIRST[0]))
+    begun = jax.vmap(initial)(PARAMS)["n"]
+    want = jnp.where(IS_FIRST[0] & (not goes_on), begun, jnp.arange(ROWS)) + 1
+    np.testing.assert_array_equal(got["n"], want)
+
+
+def test_a_gradient_crosses_through_what_is_made_of_the_carry_alone():
+    def scaled(params, carry, x):
+        return {"h": 0.5 * carry["h"], "s": carry["s"] * 0, "n": carry["n"]}
+
+    def total(h, flags):
+        step = with_resets(lambda p, c, x: (c, None), scaled)
+        return step(None, {**going_on(START), "h": h}, (XS[0], flags))[0]["h"].sum()
+
+    got = jax.grad(total)(START["h"], IS_FIRST[0])
+    np.testing.assert_array_equal(got, np.where(IS_FIRST[0], 0.5, 1.0)[:, None] * np.ones(UNITS))
+
+
+@pytest.mark.parametrize("function", [lambda: GOOD, lambda p, c: GOOD, lambda p, *, c: GOOD])
+def test_an_initial_carry_of_other_arguments(function):
+    said = (
+        r"initial_carry must be callable as initial_carry\(params\) or initial_carry\(params, carry"
+    )
+    with pytest.raises(ValueError, match=said):
+        with_resets(jax.vmap(cell), function)
+
+
+def test_an_error_of_the_initial_carry_says_where_it_was_called():
+    step = with_resets(jax.vmap(cell), lambda params: params["start"])
+    with pytest.raises(KeyError, match="start") as caught:
+        step(PARAMS, going_on(START), (XS[0], IS_FIRST[0]))
+    assert caught.value.__notes__ == [
+        "Raised by initial_carry, which with_resets called as initial_carry(params)."
+    ]

@@ -513,3 +513,58 @@ def test_the_detector_sees_a_copied_ring():
     loop = jax.jit(lambda params, tape, xs: lax.scan(one, (params, tape), xs))
     compiled = loop.lower(params, tape, xs).compile()
     assert any(" copy(" in line for line in rings_made_anew(compiled, ring_of(tape)))
+
+
+# ---------------------------------------------------------------------- repr
+
+
+def test_a_tape_and_a_recorder_print_on_one_line():
+    recorder = jaxbptt.record(step, window=20, weights="current")
+    tape = recorder.init(PARAMS, CARRY, XS[0])
+    options = "window=20, every=1, weights='current'"
+    carry = "{'h': float64[3], 'n': int32[]}"
+    assert repr(recorder) == f"Recorder(step, {options})"
+    assert repr(tape) == f"Tape({options}, carry={carry}, ring {tape.nbytes / 1024:.1f} KiB)"
+    seen = []
+    jax.jit(lambda tape: seen.append(repr(tape)))(tape)
+    jax.eval_shape(lambda tape: seen.append(repr(tape)), tape)
+    assert set(seen) == {repr(tape)}
+    many = jaxbptt.record(step, window=3, has_aux=True)
+    assert repr(many) == "Recorder(step, window=3, every=1, weights='stored', has_aux=True)"
+
+
+@pytest.mark.parametrize(
+    ("units", "size"), [(4, "48 B"), (256, "3.0 KiB"), (2**18, "3.0 MiB"), (2**28, "3.0 GiB")]
+)
+def test_the_size_of_a_ring_in_words(units, size):
+    recorder = jaxbptt.record(lambda w, c, x: (jnp.sin(c), None), window=3)
+    x = jax.ShapeDtypeStruct((units,), F32)
+    tape = jax.eval_shape(lambda c: recorder.init(None, c, x), x)
+    assert tape.nbytes == 3 * 4 * units
+    assert repr(tape).endswith(f"carry=float32[{units}], ring {size})")
+
+
+def test_a_large_carry_and_leaves_that_are_no_arrays_print_too():
+    recorder = jaxbptt.record(lambda w, c, x: (c, None), window=3)
+    carry = {f"a rather long name {i}": jnp.zeros(3) for i in range(9)}
+    tape = recorder.init(None, carry, None)
+    assert repr(tape) == "Tape(window=3, every=1, weights='stored', carry=9 leaves, ring 0 B)"
+    marked = jax.tree.map(lambda _: "mark", recorder.init(None, 0.0, 0.0))
+    assert repr(marked).endswith("carry=str, ring 0 B)")
+    assert "\n" not in repr(jax.tree.map(lambda _: "mark", tape))
+
+
+def test_jit_takes_a_recorder_whose_step_can_not_be_hashed():
+    class Unhashable:
+        __hash__ = None
+
+        def __call__(self, params, carry, x):
+            return step(params, carry, x)
+
+    recorder = jaxbptt.record(Unhashable(), window=3)
+    tape, y = jax.jit(recorder)(PARAMS, recorder.init(PARAMS, CARRY, XS[0]), XS[0])
+    assert hash(recorder) == hash(recorder)
+    plain = jaxbptt.record(step, window=3)
+    assert hash(plain) == hash(jaxbptt.record(step, window=3))
+    assert float(y) == float(plain(PARAMS, plain.init(PARAMS, CARRY, XS[0]), XS[0])[1])
+    assert int(tape.length) == 1
