@@ -11,10 +11,16 @@ from jaxbptt._transforms.record import Recorder, closure_for
 from jaxbptt._transforms.tape import Tape, x_struct
 from jaxbptt._transforms.window_vjp import Arriving, Wanted, pull_window, tape_window
 from jaxbptt._types import PyTree, type_of
+from jaxbptt._windows import Reach
 
 
 def pull_group(
-    recorder: Recorder, params: PyTree, tape: Tape, ct_ys: list, steps: jax.Array | None
+    recorder: Recorder,
+    params: PyTree,
+    tape: Tape,
+    ct_ys: list,
+    steps: jax.Array | None,
+    reach: Reach | None,
 ) -> PyTree:
     """Sends a group's cotangents back, for the `trainable` leaves of params.
 
@@ -26,11 +32,12 @@ def pull_group(
             newest last, with zeros for steps before the group.
         steps: how many steps the group has, int32, where it may be fewer than `every`: then it
             reaches no further behind its first step than a full group. None for a full one.
+        reach: how many lags of the window count; None for all.
     """
     params, x = as_strong_arrays(params, "params"), x_struct(tape)
     closure, tape = closure_for(recorder, params, tape, x)
     leaves, rows = jax.tree.leaves(params), pending_rows(tape)
-    window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows, steps)
+    window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows, steps, reach)
     differentiable = tuple(
         v.differentiable for v in type_of(closure.layout.outputs.tree()[1]).leaves
     )

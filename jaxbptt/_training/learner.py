@@ -16,7 +16,13 @@ from jaxbptt._closure.step import own_containers
 from jaxbptt._compat import lax_scan
 from jaxbptt._signatures import name_of
 from jaxbptt._training.group import pull_group
-from jaxbptt._training.loss import evaluate_loss, loss_and_ct_y, not_a_function, takes_params
+from jaxbptt._training.loss import (
+    LossAndCtY,
+    evaluate_loss,
+    loss_and_ct_y,
+    not_a_function,
+    takes_params,
+)
 from jaxbptt._training.optimizer import (
     Optimizer,
     check_optimizer,
@@ -35,16 +41,18 @@ from jaxbptt._training.state import (
     check_steps,
 )
 from jaxbptt._training.stream import RunBlock, run_stream
-from jaxbptt._transforms.record import Recorder, record, record_step
+from jaxbptt._transforms.record import Recorder, advance_step, record, record_step
 from jaxbptt._transforms.tape import (
     Tape,
     is_due,
     keep_or_roll_back,
     phase_of,
+    settings_of,
     with_group_ended,
     x_struct,
 )
 from jaxbptt._types import PyTree, StepFn, is_one_leaf, leaf_type, type_of
+from jaxbptt._windows import RandomReach, Reach, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +102,12 @@ class Learner:
         return LearnerState(params, opt_state, tape, jnp.zeros((), jnp.uint32), pending)
 
     def update(
-        self, state: LearnerState, x: PyTree, *, ends: Any = None
+        self,
+        state: LearnerState,
+        x: PyTree,
+        *,
+        ends: Any = None,
+        reach: int | jax.Array | RandomReach | None = None,
     ) -> tuple[LearnerState, Metrics]:
         """Takes one time step: forward, and where a group ends backward and the optimiser's step.
 
@@ -105,6 +118,8 @@ class Learner:
         Args:
             state: what `init` or the last update returned.
             x: one input, of the shape given to `init`.
+            reach: how many lags the cotangents of this update go back, as in a call of a
+                recorder: as if the window were that long; None for the window. Not with a pace.
             ends: bool scalar, traced or not: whether the group ends at this step, however many
                 it has, `every` at most. The optimiser is then stepped on the group so far,
                 which reaches no further behind its first step than a full group, and the next
@@ -126,6 +141,9 @@ class Learner:
         check_state(state)
         x, ends = as_strong_arrays(x, "x"), _checked_flag(ends)
         params = as_strong_arrays(state.params, "params")
+        if self.recorder.pace is not None:
+            return self._update_with_pace(state, params, x, ends, reach)
+        back = Reach.of(reach, settings_of(state.tape).window)
         # Forward: the step, its loss, and the cotangent ȳ that the loss gives of y.
         tape, y = record_step(self.recorder, params, state.tape, x)
         loss, aux, ct_y, ct_params = loss_and_ct_y(self.loss, y, x, params)
@@ -137,12 +155,12 @@ class Learner:
         # own, and nothing has to wait.
         if state.pending is None:
             group = Pending([ct[None] for ct in ct_y], loss, ct_params)
-            grads = self._gradient(params, tape, group, full=True)
+            grads = self._gradient(params, tape, group, back, full=True)
             pending, new = None, self._apply_gradient(grads, state, loss, finite)
         else:
             pending = state.pending.with_step(tape, ct_y, loss, ct_params)
             due = is_due(tape) if ends is None else is_due(tape) | ends
-            new = self._end_group(state, tape, pending, due, finite, full=ends is None)
+            new = self._end_group(state, tape, pending, due, finite, back, full=ends is None)
             tape = tape if ends is None else with_group_ended(tape, due)
         # The loss and the metrics stay as they are: they tell of the step that was rolled back.
         if new.finite is not None:
@@ -201,7 +219,8 @@ class Learner:
             state: the state; it stays usable until the new one, which shares its parameters and
                 the optimiser's state, is donated.
             window: as in `learner`.
-            every: as in `learner`; None for the one there is.
+            every: as in `learner`; None for the one there is. A pace goes on too, as far as the
+                new window allows.
 
         Returns:
             `(learner, state)`.
@@ -213,7 +232,8 @@ class Learner:
         check_state(state)
         rec, tape = self.recorder, state.tape
         every = rec.every if every is None else every
-        new = record(rec.step, window=window, every=every, weights=rec.weights)
+        pace = rec.pace and min(rec.pace, Windows.of(window).longest)
+        new = record(rec.step, window=window, every=every, weights=rec.weights, pace=pace)
         changed = dataclasses.replace(self, recorder=new)
         x, params = x_struct(tape), as_strong_arrays(state.params, "params")
         tape = new.init(params, tape.carry, x)
@@ -375,6 +395,7 @@ class Learner:
         pending: Pending,
         due: jax.Array,
         finite: jax.Array | None,
+        reach: Reach | None = None,
         *,
         full: bool,
     ) -> "_Updated":
@@ -386,12 +407,13 @@ class Learner:
             pending: the cotangents of the group.
             due: bool scalar, whether the group ends here.
             finite: whether no NaN or infinity was met so far; None where nobody asks.
+            reach: how many lags of the window count; None for all.
             full: whether a group that ends is known to have `every` steps.
         """
 
         # In a branch: within a group, backward and the optimiser's step cost nothing.
         def update_now() -> _Updated:
-            grads = self._gradient(state.params, tape, pending, full=full)
+            grads = self._gradient(state.params, tape, pending, reach, full=full)
             return self._apply_gradient(grads, state, pending.loss, finite)
 
         def skip() -> _Updated:
@@ -399,24 +421,54 @@ class Learner:
 
         return lax.cond(due, update_now, skip)
 
-    def _gradient(self, params: PyTree, tape: Tape, group: Pending, *, full: bool) -> PyTree:
+    def _update_with_pace(
+        self, state: LearnerState, params: PyTree, x: PyTree, ends: Any, reach: Any
+    ) -> tuple[LearnerState, Metrics]:
+        """An update that takes every cotangent in flight further, and none through the window."""
+        for name, value in (("ends", ends), ("reach", reach)):
+            if value is not None:
+                raise _errors.has_pace(name)
+
+        def judge(y: PyTree) -> tuple[LossAndCtY, list]:
+            judged = loss_and_ct_y(self.loss, y, x, params)
+            return judged, judged.ct_y
+
+        made = advance_step(self.recorder, params, state.tape, x, judge)
+        loss, aux, _, ct_params = made.judged
+        finite = None
+        if self.on_nonfinite == "clear":
+            finite = _all_finite((loss, made.tape.carry))
+        grads = _ascent(trainable(made.grads), ct_params)
+        new = self._apply_gradient(grads, state, loss, finite)
+        tape = made.tape
+        if new.finite is not None:
+            tape = keep_or_roll_back(new.finite, tape, state.tape)
+        new_state = LearnerState(new.params, new.opt_state, tape, state.step + 1, None)
+        return new_state, Metrics(loss, aux, new.updated)
+
+    def _gradient(
+        self,
+        params: PyTree,
+        tape: Tape,
+        group: Pending,
+        reach: Reach | None = None,
+        *,
+        full: bool,
+    ) -> PyTree:
         """The direction of steepest ascent of the loss of a group, for `trainable` leaves.
 
         Args:
             params: the parameters.
             tape: the tape, at the end of the group.
             group: the group's cotangents.
+            reach: how many lags of the window count; None for all.
             full: whether it is known to have `every` steps.
         """
         ct_ys = group.newest_last(tape, full=full)
-        ct = pull_group(self.recorder, params, tape, ct_ys, None if full else phase_of(tape))
-        if group.ct_params:
-            leaves, treedef = jax.tree.flatten(ct)
-            pairs = zip(leaves, group.ct_params, strict=True)
-            sums = [(widened(a) + widened(b)).astype(a.dtype) for a, b in pairs]
-            ct = jax.tree.unflatten(treedef, sums)
-        # Where parameters are complex, a cotangent is the conjugate of that direction.
-        return jax.tree.map(lambda v: jnp.conj(v) if jnp.iscomplexobj(v) else v, ct)
+        steps = None if full else phase_of(tape)
+        return _ascent(
+            pull_group(self.recorder, params, tape, ct_ys, steps, reach), group.ct_params
+        )
 
     def _apply_gradient(
         self, grads: PyTree, state: LearnerState, loss: jax.Array, finite: jax.Array | None
@@ -457,6 +509,17 @@ class _Updated(NamedTuple):
     opt_state: PyTree
     updated: jax.Array
     finite: jax.Array | None
+
+
+def _ascent(ct: PyTree, ct_params: list) -> PyTree:
+    """The direction of steepest ascent, of a cotangent and what the loss itself adds to it."""
+    if ct_params:
+        leaves, treedef = jax.tree.flatten(ct)
+        pairs = zip(leaves, ct_params, strict=True)
+        sums = [(widened(a) + widened(b)).astype(a.dtype) for a, b in pairs]
+        ct = jax.tree.unflatten(treedef, sums)
+    # Where parameters are complex, a cotangent is the conjugate of that direction.
+    return jax.tree.map(lambda v: jnp.conj(v) if jnp.iscomplexobj(v) else v, ct)
 
 
 def _checked_flag(ends: Any) -> jax.Array | None:
@@ -518,6 +581,7 @@ def learner(
     every: int = 1,
     weights: str = "stored",
     on_nonfinite: str = "pass",
+    pace: int | None = None,
 ) -> Learner:
     """Makes online training of a step function a pair of pure functions, `init` and `update`.
 
@@ -550,6 +614,9 @@ def learner(
         weights: at which parameters the recorded steps are differentiated, as in `record`:
             "stored", those that each step was recorded under; "current" or "replayed", the
             newest.
+        pace: None, or how many lags each update takes every cotangent in flight further, as in
+            `record`: then θ̄ of an update is made of the losses of the last ceil(window / pace)
+            steps, each at the lags that are due. `every` is 1 then.
         on_nonfinite: what happens at a NaN or an infinity in the loss, the new carry or the
             gradient. "pass": nothing. "clear": only the metrics and the step count show that
             the step happened. Parameters and optimiser stay, the carry goes back to what
@@ -584,7 +651,7 @@ def learner(
         >>> round(float(state.params), 3), int(state.step)  # w c + 1 is 2 at w = ½
         (0.5, 100)
     """
-    rec = record(step, window=window, every=every, weights=weights)
+    rec = record(step, window=window, every=every, weights=weights, pace=pace)
     if not callable(loss):
         raise not_a_function(loss)
     takes_params(loss)  # refuses one that takes other arguments

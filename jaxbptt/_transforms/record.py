@@ -197,19 +197,13 @@ class Recorder:
             raise _errors.no_pace()
         _errors.is_tape(tape, Tape)
         params, x = as_strong_arrays(params, "params"), as_strong_arrays(x, "x")
-        closure, tape = closure_for(self, params, tape, x)
-        leaves = [jax.tree.leaves(tree) for tree in (params, tape.carry, x)]
-        made = closure.run(*leaves)
-        carry, y, _ = made.step
-        (_, value), ct_y = value_and_ct_y(loss, y)
-        pushed, given = push(tape, carry, made.recorded), Given(made.recorded, made.invariant)
-        ct_y = pick(closure.layout.followed_y, jax.tree.leaves(ct_y))
-        how: Any = {"asked": (True,) * len(ct_y), "closed_over": False}
-        moved = move_chains(closure, pushed, given, ct_y, **how)
-        settings, unfinished = settings_of(tape), moved.unfinished
-        weights = finish(closure, settings, made.invariant, unfinished, **how)
-        grads = weights[len(closure.kinds.closed_over) :]
-        return moved.tape, value, with_float0(closure.layout.followed.params, grads, params)
+
+        def judge(y: PyTree) -> tuple[Any, list]:
+            (_, value), ct_y = value_and_ct_y(loss, y)
+            return value, [v for v in jax.tree.leaves(ct_y) if v.dtype != jax.dtypes.float0]
+
+        made = advance_step(self, params, tape, x, judge)
+        return made.tape, made.judged, made.grads
 
     def pullback(
         self,
@@ -481,6 +475,45 @@ def record_step(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     replays = recorder.weights == "replayed"
     recorded = [*leaves[1], *leaves[2]] if replays else made.recorded
     return push(tape, made.step[0], recorded), made.step[1]
+
+
+class Advanced(NamedTuple):
+    """What one step of a recorder with a pace makes."""
+
+    tape: Tape
+    y: PyTree
+    judged: Any
+    grads: PyTree  # of params, float0 where nothing can flow
+
+
+def advance_step(
+    recorder: Recorder,
+    params: PyTree,
+    tape: Tape,
+    x: PyTree,
+    judge: Callable[[PyTree], tuple[Any, list]],
+) -> Advanced:
+    """Runs and records one step, and moves all cotangents in flight.
+
+    Args:
+        recorder: a recorder with a pace.
+        params: strong arrays, as `record_step` takes them.
+        tape: the tape before the step.
+        x: one input, strong arrays.
+        judge: from y to something, and ȳ in the leaves that gradients flow through.
+    """
+    closure, tape = closure_for(recorder, params, tape, x)
+    leaves = [jax.tree.leaves(tree) for tree in (params, tape.carry, x)]
+    made = closure.run(*leaves)
+    carry, y, _ = made.step
+    judged, ct_y = judge(y)
+    how: Any = {"asked": (True,) * len(ct_y), "closed_over": False}
+    pushed, given = push(tape, carry, made.recorded), Given(made.recorded, made.invariant)
+    moved = move_chains(closure, pushed, given, ct_y, **how)
+    weights = finish(closure, settings_of(tape), made.invariant, moved.unfinished, **how)
+    grads = weights[len(closure.kinds.closed_over) :]
+    followed = closure.layout.followed.params
+    return Advanced(moved.tape, y, judged, with_float0(followed, grads, params))
 
 
 # ------------------------------------------------------------ one call and its reverse mode
