@@ -59,6 +59,16 @@ def random_groups(every: int) -> ValueError:
     )
 
 
+def remat_chain_by_chain(steps: int) -> ValueError:
+    """The error for blocks that are run again where each group needs a sweep of its own."""
+    return ValueError(
+        f"remat must be None for this f, but blocks of {steps} steps were to be run again: f's "
+        "derivative is not known to be linear in its cotangents, or has side effects, so that each "
+        "group of outputs is pulled back by itself, over all steps of its window. Leave remat out, "
+        "or take window=every."
+    )
+
+
 def not_a_prefix(window: Any, carry: TreeType) -> ValueError:
     """The error for a window whose containers are not those of the carry."""
     shown = [f"window{keystr(path)}: {steps}" for path, steps in tree_flatten_with_path(window)[0]]

@@ -25,7 +25,11 @@ from jaxbptt._transforms.cotangents import (
 )
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_backward import RecordedRun, pull_run
-from jaxbptt._transforms.scan_forward import record_run
+from jaxbptt._transforms.scan_forward import (
+    record_run,
+    run_with_checkpoints,
+    steps_between_checkpoints,
+)
 from jaxbptt._types import PyTree, leaf_type, type_of
 from jaxbptt._windows import RandomWindow, Windows
 
@@ -41,6 +45,7 @@ def scan(
     *,
     window: PyTree,
     every: int = 1,
+    remat: int | bool | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`lax.scan` whose reverse-mode derivative reaches back `window` steps.
 
@@ -86,19 +91,29 @@ def scan(
             drawn, and compensated so that the gradient is unbiased.
         every: after how many steps cotangents start. `window == every` is truncation by
             chunks, 1 the sliding window.
+        remat: of how many steps the residuals are held at once, as in `jax.remat`. The run
+            keeps the carries at the starts of blocks of that many steps, and runs one block after
+            the other again on the way back. True for a number that takes little memory, by the
+            sizes of carry and residuals; None or False keeps the residuals of all steps. Side
+            effects of `f` happen again too, as under `jax.checkpoint`, whose policies hold
+            inside `f` as ever.
 
     Returns:
         `(carry, ys)`, as `lax.scan` returns them.
 
     Raises:
         ValueError: `window` is neither None nor a positive int nor such ints in containers
-            that fit the carry, or `every` is not a positive int, or above 1 with a random window.
+            that fit the carry, or `every` is not a positive int, or above 1 with a random window;
+            `remat` is neither None, a bool nor a positive int, or groups have to be pulled back one
+            by one, since a derivative of `f` is not linear in its cotangents or acts.
         TypeError: whatever `lax.scan` refuses.
 
     Cost:
         In reverse mode the residuals of `length` steps, and for each step one pullback plus,
         where window > every, ceil(window / every) pullbacks of the carry, batched. With a window
-        for each part these are pullbacks of the parts that are not over yet.
+        for each part these are pullbacks of the parts that are not over yet. With remat=k, in
+        place of those residuals, length / k carries and the residuals of k steps, and one more
+        run forwards.
 
     References:
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -115,6 +130,8 @@ def scan(
     drawn = window if isinstance(window, RandomWindow) else None
     windows = None if window is None or drawn else Windows.of(window)
     _errors.positive_int("every", every)
+    if remat is not None and not isinstance(remat, bool):
+        _errors.positive_int("remat", remat)
     if drawn and every > 1:
         raise _errors.random_groups(every)
     _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
@@ -137,7 +154,7 @@ def scan(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
-    cut = _Cut(windows, every, drawn)
+    cut = _Cut(windows, every, drawn, remat or None)
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         is_loop = eqn.primitive.name == "scan"
@@ -176,6 +193,7 @@ class _Cut:
     windows: Windows | None
     every: int
     drawn: RandomWindow | None
+    remat: int | bool | None
 
     def groups(self, length: int, followed: Mask, *, linear: bool) -> Groups:
         """Which outputs reach which steps.
@@ -191,6 +209,12 @@ class _Cut:
         together = linear or not self.windows
         return Groups.of(length, by_leaf or [max(steps)], self.every, together=together)
 
+    def steps_rerun(self, closure: Closure, init: list, length: int) -> int:
+        """How many steps are run again at once."""
+        if self.remat is True:
+            return steps_between_checkpoints(closure, init, length)
+        return int(self.remat or length)
+
 
 def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     """The equation of a scan, with a derivative of its own.
@@ -198,7 +222,8 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     Only when it is differentiated is a derivative traced, and then of what is perturbed alone.
     Every array is an argument of the `custom_vjp`: one only closed over gets no gradient.
     """
-    if not cut.windows and not cut.drawn and any(map(is_reference, eqn.invars)):
+    plain = not cut.windows and not cut.drawn and not cut.remat
+    if plain and any(map(is_reference, eqn.invars)):
         return bind(eqn, values)  # a derivative of our own can't write to references: JAX's does
     refuse_references(eqn.invars)
     length, reverse = eqn.params["length"], eqn.params["reverse"]
@@ -214,9 +239,14 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         consts, init, xs, factors = primal_values(args)
         closure = _closure_of(eqn, perturbed)
         bound = dataclasses.replace(closure, closed_over=consts)
-        recorded = record_run(bound, init, xs, length, reverse=reverse, unroll=eqn.params["unroll"])
-        saved = closure, recorded.residuals, bound.invariant([]), factors
-        return [*recorded.carry, *recorded.ys], saved
+        invariant, how = bound.invariant([]), {"reverse": reverse, "unroll": eqn.params["unroll"]}
+        if cut.remat:
+            step = core.jaxpr_as_fun(eqn.params["jaxpr"])
+            block = cut.steps_rerun(closure, init, length)
+            outs, kept = run_with_checkpoints(step, consts, init, xs, length, block, **how)
+            return outs, (closure, kept, invariant, factors)
+        recorded = record_run(bound, init, xs, length, **how)
+        return [*recorded.carry, *recorded.ys], (closure, recorded.residuals, invariant, factors)
 
     def backward(saved: Any, cts: list) -> tuple[list | None, ...]:
         closure, residuals, invariant, factors = saved
