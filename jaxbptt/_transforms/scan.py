@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -241,7 +242,7 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         bound = dataclasses.replace(closure, closed_over=consts)
         invariant, how = bound.invariant([]), {"reverse": reverse, "unroll": eqn.params["unroll"]}
         if cut.remat:
-            step = core.jaxpr_as_fun(eqn.params["jaxpr"])
+            init, step = [*map(jnp.asarray, init)], core.jaxpr_as_fun(eqn.params["jaxpr"])
             block = cut.steps_rerun(closure, init, length)
             outs, kept = run_with_checkpoints(step, consts, init, xs, length, block, **how)
             return outs, (closure, kept, invariant, factors)
