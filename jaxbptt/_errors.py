@@ -20,7 +20,7 @@ _NUMBERS = (
 
 
 def positive_int(name: str, value: Any) -> None:
-    """Refuses a `window` or `every` that is not a Python int of at least 1."""
+    """Refuses a `window`, `every` or `remat` that is not a Python int of at least 1."""
     if isinstance(value, jax.core.Tracer):
         remedy = f"Make it static, e.g. jax.jit(f, static_argnames='{name}')."
         if "[" in name:  # in a container, which can't be static
@@ -33,6 +33,12 @@ def positive_int(name: str, value: Any) -> None:
         raise ValueError(
             f"{name} must be an int of at least 1 (it counts time steps), but got {value!r}."
         )
+
+
+def is_remat(value: Any) -> None:
+    """Refuses a `remat` that is neither None, nor a bool, nor a positive int."""
+    if value is not None and not isinstance(value, bool):
+        positive_int("remat", value)
 
 
 def above_one(name: str, value: Any, what: str) -> None:
@@ -56,16 +62,6 @@ def random_groups(every: int) -> ValueError:
     return ValueError(
         f"every must be 1 with a random window, but got {every}: all outputs send their "
         "cotangents back through the same random cuts. Leave every out."
-    )
-
-
-def remat_chain_by_chain(steps: int) -> ValueError:
-    """The error for blocks that are run again where each group needs a sweep of its own."""
-    return ValueError(
-        f"remat must be None for this f, but blocks of {steps} steps were to be run again: f's "
-        "derivative is not known to be linear in its cotangents, or has side effects, so that each "
-        "group of outputs is pulled back by itself, over all steps of its window. Leave remat out, "
-        "or take window=every."
     )
 
 

@@ -27,6 +27,7 @@ from jaxbptt._transforms.cotangents import (
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_backward import RecordedRun, pull_run
 from jaxbptt._transforms.scan_forward import (
+    Checkpoints,
     record_run,
     run_with_checkpoints,
     steps_between_checkpoints,
@@ -105,8 +106,7 @@ def scan(
     Raises:
         ValueError: `window` is neither None nor a positive int nor such ints in containers
             that fit the carry, or `every` is not a positive int, or above 1 with a random window;
-            `remat` is neither None, a bool nor a positive int, or groups have to be pulled back one
-            by one, since a derivative of `f` is not linear in its cotangents or acts.
+            `remat` is neither None, a bool nor a positive int.
         TypeError: whatever `lax.scan` refuses.
 
     Cost:
@@ -114,7 +114,9 @@ def scan(
         where window > every, ceil(window / every) pullbacks of the carry, batched. With a window
         for each part these are pullbacks of the parts that are not over yet. With remat=k, in
         place of those residuals, length / k carries and the residuals of k steps, and one more
-        run forwards.
+        run forwards. A derivative of `f` that is not linear in its cotangents, or has side effects,
+        is pulled back for each group by itself; with remat=k the group's window, and up to 2k steps
+        around it, then run again for each.
 
     References:
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -131,8 +133,7 @@ def scan(
     drawn = window if isinstance(window, RandomWindow) else None
     windows = None if window is None or drawn else Windows.of(window)
     _errors.positive_int("every", every)
-    if remat is not None and not isinstance(remat, bool):
-        _errors.positive_int("remat", remat)
+    _errors.is_remat(remat)
     if drawn and every > 1:
         raise _errors.random_groups(every)
     _errors.has_steps(type_of(jax.eval_shape(lambda xs: xs, xs)))
@@ -210,12 +211,6 @@ class _Cut:
         together = linear or not self.windows
         return Groups.of(length, by_leaf or [max(steps)], self.every, together=together)
 
-    def steps_rerun(self, closure: Closure, init: list, length: int) -> int:
-        """How many steps are run again at once."""
-        if self.remat is True:
-            return steps_between_checkpoints(closure, init, length)
-        return int(self.remat or length)
-
 
 def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     """The equation of a scan, with a derivative of its own.
@@ -240,14 +235,8 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         consts, init, xs, factors = primal_values(args)
         closure = _closure_of(eqn, perturbed)
         bound = dataclasses.replace(closure, closed_over=consts)
-        invariant, how = bound.invariant([]), {"reverse": reverse, "unroll": eqn.params["unroll"]}
-        if cut.remat:
-            init, step = [*map(jnp.asarray, init)], core.jaxpr_as_fun(eqn.params["jaxpr"])
-            block = cut.steps_rerun(closure, init, length)
-            outs, kept = run_with_checkpoints(step, consts, init, xs, length, block, **how)
-            return outs, (closure, kept, invariant, factors)
-        recorded = record_run(bound, init, xs, length, **how)
-        return [*recorded.carry, *recorded.ys], (closure, recorded.residuals, invariant, factors)
+        outs, kept = _run(eqn, bound, init, xs, cut.remat)
+        return outs, (closure, kept, bound.invariant([]), factors)
 
     def backward(saved: Any, cts: list) -> tuple[list | None, ...]:
         closure, residuals, invariant, factors = saved
@@ -268,6 +257,21 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     run.defvjp(forward, backward, symbolic_zeros=True)
     factors = None if cut.drawn is None else cut.drawn.factors(length)
     return run(consts, init, values[n_consts + n_carry :], factors)
+
+
+def _run(
+    eqn: core.JaxprEqn, closure: Closure, init: list, xs: list, remat: int | bool | None
+) -> tuple[list, list | Checkpoints]:
+    """The outputs of a run, and its residuals or what they are made of when they are wanted."""
+    length = eqn.params["length"]
+    how = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    if not remat:
+        run = record_run(closure, init, xs, length, **how)
+        return [*run.carry, *run.ys], run.residuals
+    init = [jnp.asarray(v) for v in init]  # a Python number has no shape
+    block = steps_between_checkpoints(closure, init, length) if remat is True else int(remat)
+    step = core.jaxpr_as_fun(eqn.params["jaxpr"])
+    return run_with_checkpoints(step, closure.closed_over, init, xs, length, block, **how)
 
 
 def _closure_of(eqn: core.JaxprEqn, perturbed: list[bool]) -> Closure:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt import _errors
 from jaxbptt._arrays import size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import Contraction
@@ -95,8 +94,6 @@ def pull_run(run: RecordedRun, ct_carry: list, ct_ys: list) -> RunCotangents:
         weights = [zeros(kind) for kind in (*kinds.closed_over, *kinds.params)]
         return RunCotangents(weights, ct_carry, no_xs)
     if is_needed(run.closure.pullback(y=run.asked), groups):
-        if isinstance(run.residuals, Checkpoints):
-            raise _errors.remat_chain_by_chain(run.residuals.steps)
         chains = SeparateChains(
             run.closure, run.residuals, run.invariant, groups, run.reverse, ct_ys, run.asked
         )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxbptt._arrays import size_in_bytes
 from jaxbptt._closure.closure import Closure
 from jaxbptt._compat import lax_scan
-from jaxbptt._jaxprs.loop_fission import divide
+from jaxbptt._jaxprs.loop_fission import Fission, divide
 from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, put, rows, scan_stacking
 
 
@@ -56,15 +56,7 @@ def record_run(
     residuals = [jaxpr.outvars[i] for i in closure.layout.recorded]
     made = [v for v in residuals if v not in row]  # what x itself is, xs already hold
     fission = divide(jaxpr.eqns, env, row, state, jaxpr.outvars[:n], ys + made)
-
-    out_bytes = size_in_bytes(v.aval for v in ys + made)
-    block = block_size(
-        length,
-        fission.temporaries(fission.stacked_outs),
-        out_bytes * length + size_in_bytes(closure.kinds.closed_over),
-        closure.layout.remade_bytes * length,
-        copied=out_bytes + fission.rows_read(),
-    )
+    block = _block(closure, fission, length)
 
     def run(carry: list, start: Any, size: int) -> tuple[list, list]:
         x = block_of(xs, start, size)
@@ -89,6 +81,18 @@ def record_run(
     carry, outs = in_blocks(run, init, length, block, kinds, first=24, descending=reverse)
     stacks = dict(zip((*row, *made), (*xs, *outs[len(ys) :]), strict=True))
     return RunOutputs(carry, outs[: len(ys)], [stacks[v] for v in residuals])
+
+
+def _block(closure: Closure, fission: Fission, length: int) -> int:
+    """How many steps of a recorded run are prepared, or put off, together."""
+    out_bytes = size_in_bytes(v.aval for v in fission.stacked_outs)
+    return block_size(
+        length,
+        fission.temporaries(fission.stacked_outs),
+        out_bytes * length + size_in_bytes(closure.kinds.closed_over),
+        closure.layout.remade_bytes * length,
+        copied=out_bytes + fission.rows_read(),
+    )
 
 
 # ------------------------------------------------------------ in blocks that run again

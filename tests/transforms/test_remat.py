@@ -315,6 +315,59 @@ def test_a_batch_laid_over_devices_of_explicit_axes():
     assert worst(got, want) < 1e-12
 
 
+# ---------------------------------------------- chains that go back by themselves
+
+
+@jax.custom_vjp
+def clipped(c):
+    return c
+
+
+clipped.defvjp(lambda c: (c, None), lambda _, ct: (jnp.clip(ct, -0.3, 0.3),))
+
+
+def clipping(w, c, x):
+    c = clipped(jnp.tanh(w * c + x))
+    return c, c**2
+
+
+@pytest.mark.parametrize(
+    ("window", "every", "remat", "reverse"),
+    grid(
+        itertools.product([None, 1, 3, 4, 6, 20], [1, 2, 3], [2, 3, 4, 20], [False, True]),
+        always=[(3, 3, 2, False), (4, 1, 3, False), (4, 2, 2, True), (6, 2, 4, False)],
+    ),
+)
+def test_a_derivative_that_is_not_linear(window, every, remat, reverse):
+    """Where each chain goes back by itself its window is run again."""
+    p = {"w": jnp.asarray(0.7), "start": jnp.asarray(0.1)}
+
+    def loss(p, xs, remat):
+        how = {"window": window, "every": every, "remat": remat, "reverse": reverse}
+        ys = jaxbptt.scan(functools.partial(clipping, p["w"]), p["start"], xs, **how)[1]
+        return jnp.sum(3 * ys)
+
+    both = jax.jit(lambda *args: [jax.grad(loss, (0, 1))(*args, k) for k in (None, remat)])
+    assert worst(*both(p, draw(0, 9))) < 1e-13
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="JAX 0.7 has no jax.new_ref")
+@pytest.mark.parametrize("remat", grid([2, 4, 20], always=[4]))
+def test_a_step_that_writes_to_references(remat):
+    def f(w, c, x):
+        r = jax.new_ref(w * c)
+        r[...] += x
+        h = jnp.tanh(r[...])
+        return h, r[...] * h
+
+    def loss(w, remat):
+        how = {"window": 5, "every": 2, "remat": remat}
+        return jnp.sum(run_with(w, jnp.asarray(0.1), draw(0, 9), f=f, **how)[1])
+
+    both = jax.jit(lambda w: [jax.grad(loss)(w, k) for k in (None, remat)])
+    np.testing.assert_allclose(*both(0.7), rtol=1e-13)
+
+
 # ------------------------------------------------------------------------ memory
 
 
@@ -330,9 +383,9 @@ SIZE = 64
 A_CARRY, A_STEP = 8 * SIZE, 8 * SIZE * 15  # bytes; of the residuals no more than these
 
 
-def temporaries(length, scan=jaxbptt.scan, **how):
+def temporaries(length, scan=jaxbptt.scan, f=many_residuals, **how):
     def loss(p, init, xs):
-        carry, ys = run_with(p, init, xs, scan, many_residuals, **how)
+        carry, ys = run_with(p, init, xs, scan, f, **how)
         return jnp.sum(ys[-1]) + jnp.sum(carry**2)
 
     args = {"a": draw(0, SIZE)}, draw(1, SIZE), draw(2, length)
@@ -359,6 +412,19 @@ def test_memory_is_that_of_carries_and_of_one_block(how, chains):
     assert long - short <= 4000 * (1.1 * A_CARRY / 50 + per_step)
     assert short <= (1000 / 50 + 2) * A_CARRY + 1.3 * 50 * A_STEP + chains * 8 * A_CARRY
     assert short < temporaries(1000, **how) / 3
+
+
+@pytest.mark.compiled
+def test_memory_where_each_chain_runs_its_window_again():
+    def f(p, c, x):
+        c, y = many_residuals(p, clipped(c), x)
+        return c, y
+
+    how = {"window": 40, "every": 10, "remat": 50}
+    short, long = (temporaries(n, f=f, **how) for n in (1000, 5000))
+    per_step = 3 * 8 + 8  # ȳ, what the loss makes of it, and x̄
+    assert long - short <= 4000 * (1.1 * A_CARRY / 50 + per_step)
+    assert short <= (1000 / 50 + 2) * A_CARRY + 1.3 * (40 + 2 * 50) * A_STEP
 
 
 @pytest.mark.compiled
@@ -426,32 +492,6 @@ def test_remat_must_be_known_when_the_loop_is_traced():
 
     with pytest.raises(ValueError, match=r"remat must be a Python int known when .* static_argn"):
         jax.jit(run)(2)
-
-
-@jax.custom_vjp
-def clipped(c):
-    return c
-
-
-clipped.defvjp(lambda c: (c, None), lambda _, ct: (jnp.clip(ct, -0.3, 0.3),))
-
-
-def clipping(w, c, x):
-    c = clipped(jnp.tanh(w * c + x))
-    return c, c**2
-
-
-def test_a_derivative_that_is_not_linear_in_chunks_but_not_in_chains():
-    def grad(w, **how):
-        return jax.grad(
-            lambda w: jnp.sum(run_with(w, jnp.asarray(0.1), draw(0, 9), f=clipping, **how)[1])
-        )(w)
-
-    both = jax.jit(lambda w: [grad(w, window=3, every=3, remat=k) for k in (None, 2)])
-    np.testing.assert_allclose(*both(0.7), rtol=1e-13)
-    assert grad(0.7, window=None, remat=2) == pytest.approx(float(grad(0.7, window=None)), 1e-13)
-    with pytest.raises(ValueError, match=r"remat must be None for this f.* or take window=every"):
-        grad(0.7, window=3, remat=2)
 
 
 @pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="JAX 0.7 has no jax.new_ref")
