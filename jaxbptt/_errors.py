@@ -22,7 +22,7 @@ _NUMBERS = (
 
 
 def positive_int(name: str, value: Any) -> None:
-    """Refuses a `window` or `every` that is not a Python int of at least 1."""
+    """Refuses a `window`, `every` or `remat` that is not a Python int of at least 1."""
     if isinstance(value, jax.core.Tracer):
         remedy = f"Make it static, e.g. jax.jit(f, static_argnames='{name}')."
         if "[" in name:  # in a container, which can't be static
@@ -44,6 +44,12 @@ def countable(name: str, steps: int) -> None:
             f"{name} must be at most {MOST_STEPS} (a tape counts its steps in int32), but got "
             f"{steps}. A tape has a slot for each step of the window: take one that fits in memory."
         )
+
+
+def is_remat(value: Any) -> None:
+    """Refuses a `remat` that is neither None, nor a bool, nor a positive int."""
+    if value is not None and not isinstance(value, bool):
+        positive_int("remat", value)
 
 
 def above_one(name: str, value: Any, what: str) -> None:

@@ -50,7 +50,7 @@ def scan_stacking(
     def one(state: Any, row: Any) -> tuple[Any, None]:
         (state, stacks), (place, row) = state, row
         state, outs = trip(state, row)
-        return (state, [_put(*pair, place) for pair in zip(stacks, outs, strict=True)]), None
+        return (state, [put(*pair, place) for pair in zip(stacks, outs, strict=True)]), None
 
     stacks = [
         filled(leaf_type(kind).stacked(length), _NUMBERS[i % len(_NUMBERS)])
@@ -63,7 +63,8 @@ def scan_stacking(
     return done
 
 
-def _put(stack: Any, value: Any, place: Any) -> Any:
+def put(stack: Any, value: Any, place: Any) -> Any:
+    """The stack with one row written."""
     return lax.dynamic_update_index_in_dim(stack, value, place, 0, allow_negative_indices=False)
 
 

@@ -18,6 +18,7 @@ from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.loops import rows
 from jaxbptt._transforms.groups import Groups
+from jaxbptt._transforms.scan_forward import Checkpoints
 from jaxbptt._transforms.window_vjp import (
     Arriving,
     Wanted,
@@ -80,7 +81,8 @@ class SeparateChains:
 
     Attributes:
         closure: the traced step.
-        residuals: the recorded ones, each (length, *residual.shape).
+        residuals: the recorded ones, each (length, *residual.shape), or what those of a window are
+            made of again for each chain.
         invariant: the residuals that are the same at all steps.
         groups: which outputs reach which steps.
         reverse: whether step 1 is the last row of the residuals.
@@ -89,7 +91,7 @@ class SeparateChains:
     """
 
     closure: Closure
-    residuals: list
+    residuals: list | Checkpoints
     invariant: list
     groups: Groups
     reverse: bool
@@ -115,6 +117,19 @@ class SeparateChains:
             zero_sums([leaf_type(kind).stacked(rows) for kind in kinds.x]),
         )
 
+    def recorded(self, end: Any, steps: int) -> tuple[list, Any]:
+        """Residuals of the `steps` steps up to `end` at least, and which row is their first."""
+        kept, length = self.residuals, self.groups.length
+        if not isinstance(kept, Checkpoints):
+            return kept, 0
+        # Runs start where a block does, and are of one size: the last one ends with the run.
+        size = steps + kept.steps - 1
+        size = min(size + (length - size) % kept.steps, length)
+        begin = jnp.maximum(end - steps, 0) // kept.steps * kept.steps
+        begin = jnp.minimum(begin, length - size)
+        first = length - size - begin if self.reverse else begin
+        return kept.record(self.closure, first, size), first
+
     def with_chain(self, sums: ChainSums, end: Any, outputs: int, ct_carry: list) -> ChainSums:
         """The sums with what the group of so many outputs sends back that ends at step `end`."""
         every, length = self.groups.every, self.groups.length
@@ -122,10 +137,11 @@ class SeparateChains:
         steps, *parts = (min(reach_of_rows(w, outputs, every), length) for w in windows)
         count = min(outputs, steps)
         newest = length - end if self.reverse else end - 1  # its row
+        stacks, first = self.recorded(end, steps)
 
         def read(lag: Any) -> list:
             lag = jnp.minimum(lag, end - 1)  # the first step again, where there is none
-            return rows(self.residuals, newest + lag if self.reverse else newest - lag)
+            return rows(stacks, (newest + lag if self.reverse else newest - lag) - first)
 
         window = Window(read, self.invariant, steps, jnp.minimum(end, steps), tuple(parts))
         ct_ys = [_rows_up_to(v, newest, count, self.reverse) for v in self.ct_ys]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -30,7 +31,12 @@ from jaxbptt._transforms.cotangents import (
 )
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_backward import RecordedRun, pull_run
-from jaxbptt._transforms.scan_forward import record_run
+from jaxbptt._transforms.scan_forward import (
+    Checkpoints,
+    record_run,
+    run_with_checkpoints,
+    steps_between_checkpoints,
+)
 from jaxbptt._types import PyTree, leaf_type, type_of
 from jaxbptt._windows import RandomWindow, Windows
 
@@ -46,6 +52,7 @@ def scan(
     *,
     window: PyTree,
     every: int = 1,
+    remat: int | bool | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`lax.scan` whose reverse-mode derivative reaches back `window` steps.
 
@@ -91,19 +98,30 @@ def scan(
             drawn, and compensated so that the gradient is unbiased.
         every: after how many steps cotangents start. `window == every` is truncation by
             chunks, 1 the sliding window.
+        remat: of how many steps the residuals are held at once, as in `jax.remat`. The run
+            keeps the carries at the starts of blocks of that many steps, and runs one block after
+            the other again on the way back. True for a number that takes little memory, by the
+            sizes of carry and residuals; None or False keeps the residuals of all steps. Side
+            effects of `f` happen again too, as under `jax.checkpoint`, whose policies hold
+            inside `f` as ever.
 
     Returns:
         `(carry, ys)`, as `lax.scan` returns them.
 
     Raises:
         ValueError: `window` is neither None nor a positive int nor such ints in containers
-            that fit the carry, or `every` is not a positive int, or above 1 with a random window.
+            that fit the carry, or `every` is not a positive int, or above 1 with a random window;
+            `remat` is neither None, a bool nor a positive int.
         TypeError: whatever `lax.scan` refuses.
 
     Cost:
         In reverse mode the residuals of `length` steps, and for each step one pullback plus,
         where window > every, ceil(window / every) pullbacks of the carry, batched. With a window
-        for each part these are pullbacks of the parts that are not over yet.
+        for each part these are pullbacks of the parts that are not over yet. With remat=k, in
+        place of those residuals, length / k carries and the residuals of k steps, and one more
+        run forwards. A derivative of `f` that is not linear in its cotangents, or has side effects,
+        is pulled back for each group by itself; with remat=k the group's window, and up to 2k steps
+        around it, then run again for each.
 
     References:
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
@@ -120,6 +138,7 @@ def scan(
     drawn = window if isinstance(window, RandomWindow) else None
     windows = None if window is None or drawn else Windows.of(window)
     _errors.positive_int("every", every)
+    _errors.is_remat(remat)
     if drawn and every > 1:
         raise _errors.random_groups(every)
     if callable(f):  # else lax.scan says so
@@ -146,7 +165,7 @@ def scan(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
-    cut = _Cut(windows, every, drawn)
+    cut = _Cut(windows, every, drawn, remat or None)
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         is_loop = eqn.primitive.name == "scan"
@@ -185,6 +204,7 @@ class _Cut:
     windows: Windows | None
     every: int
     drawn: RandomWindow | None
+    remat: int | bool | None
 
     def groups(self, length: int, followed: Mask, *, linear: bool) -> Groups:
         """Which outputs reach which steps.
@@ -208,7 +228,8 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     Every array is an argument of the `custom_vjp`: one only closed over gets no gradient.
     """
     symbolic = has_symbolic_shapes(eqn)
-    if not cut.windows and not cut.drawn and (symbolic or any(map(is_reference, eqn.invars))):
+    plain = not cut.windows and not cut.drawn and not cut.remat
+    if plain and (symbolic or any(map(is_reference, eqn.invars))):
         # A derivative of our own neither writes to references nor weighs unknown sizes: JAX's does.
         return bind(eqn, values)
     refuse_references(eqn.invars)
@@ -228,9 +249,8 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         consts, init, xs, factors = primal_values(args)
         closure = _closure_of(eqn, perturbed)
         bound = dataclasses.replace(closure, closed_over=consts)
-        recorded = record_run(bound, init, xs, length, reverse=reverse, unroll=eqn.params["unroll"])
-        saved = closure, recorded.residuals, bound.invariant([]), factors
-        return [*recorded.carry, *recorded.ys], saved
+        outs, kept = _run(eqn, bound, init, xs, cut.remat)
+        return outs, (closure, kept, bound.invariant([]), factors)
 
     def backward(saved: Any, cts: list) -> tuple[list | None, ...]:
         closure, residuals, invariant, factors = saved
@@ -258,6 +278,21 @@ def _strong(value: Any) -> Any:
     if not getattr(value, "weak_type", False):
         return value
     return lax.convert_element_type(value, value.dtype)
+
+
+def _run(
+    eqn: core.JaxprEqn, closure: Closure, init: list, xs: list, remat: int | bool | None
+) -> tuple[list, list | Checkpoints]:
+    """The outputs of a run, and its residuals or what they are made of when they are wanted."""
+    length = eqn.params["length"]
+    how = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    if not remat:
+        run = record_run(closure, init, xs, length, **how)
+        return [*run.carry, *run.ys], run.residuals
+    init = [jnp.asarray(v) for v in init]  # a Python number has no shape
+    block = steps_between_checkpoints(closure, init, length) if remat is True else int(remat)
+    step = core.jaxpr_as_fun(eqn.params["jaxpr"])
+    return run_with_checkpoints(step, closure.closed_over, init, xs, length, block, **how)
 
 
 def _closure_of(eqn: core.JaxprEqn, perturbed: list[bool]) -> Closure:

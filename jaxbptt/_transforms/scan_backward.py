@@ -7,6 +7,7 @@ so that the emitted operands never take more than a fraction of what the residua
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, rows, scan_st
 from jaxbptt._transforms.chain_by_chain import SeparateChains, is_needed, pull_chains
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_chains import Chains
+from jaxbptt._transforms.scan_forward import Checkpoints
 from jaxbptt._transforms.window_vjp import dense_weights, densify
 
 
@@ -33,7 +35,8 @@ class RecordedRun:
     Attributes:
         closure: the traced step.
         asked: which of the followed leaves of y have a cotangent.
-        residuals: the recorded ones, each (length, *residual.shape).
+        residuals: the recorded ones, each (length, *residual.shape), or what they are made of,
+            block by block.
         invariant: the residuals that are the same at all steps.
         groups: which outputs reach which steps.
         factors: what λ is multiplied by as it enters each step, in the order of the steps, or
@@ -43,7 +46,7 @@ class RecordedRun:
 
     closure: Closure
     asked: Mask
-    residuals: list
+    residuals: list | Checkpoints
     invariant: list
     groups: Groups
     factors: jax.Array | None
@@ -56,6 +59,18 @@ class RecordedRun:
     def step(self, place: Any) -> Any:
         """Of a row of the residuals, the number of its step, from 1."""
         return self.groups.length - place if self.reverse else place + 1
+
+    @property
+    def at_once(self) -> int:
+        """Of how many steps there are residuals at once."""
+        kept = self.residuals
+        return kept.steps if isinstance(kept, Checkpoints) else self.groups.length
+
+    def recorded(self, start: Any, size: int) -> list:
+        """The residuals of so many rows, `at_once` or what is left over."""
+        if isinstance(self.residuals, Checkpoints):
+            return self.residuals.record(self.closure, start, size)
+        return block_of(self.residuals, start, size)
 
 
 class RunCotangents(NamedTuple):
@@ -84,18 +99,17 @@ def pull_run(run: RecordedRun, ct_carry: list, ct_ys: list) -> RunCotangents:
             run.closure, run.residuals, run.invariant, groups, run.reverse, ct_ys, run.asked
         )
         return RunCotangents(*pull_chains(chains, ct_carry))
-    sweep = _Sweep.of(run, [*run.residuals, *ct_ys])
-    block = sweep.block()
-    contracted = None if block == groups.length else sweep.contraction.zero_contractions()
+    sweep = _Sweep.of(run)
+    single = sweep.block(run.at_once) == groups.length
+    contracted = None if single else sweep.contraction.zero_contractions()
     state = sweep.chains.at_the_end(ct_carry), sweep.contraction.zero_sums(), contracted
+
+    def part(state: Any, start: Any, size: int) -> tuple[Any, list]:
+        stacks = [*run.recorded(start, size), *block_of(ct_ys, start, size)]
+        return sweep.over(stacks, start, size, state)
+
     (lam, sums, contracted), xs = in_blocks(
-        sweep.block_of_steps,
-        state,
-        groups.length,
-        block,
-        kinds.x,
-        first=72,
-        descending=not run.reverse,
+        part, state, groups.length, run.at_once, kinds.x, first=90, descending=not run.reverse
     )
     weights = sweep.contraction.finish(run.invariant, contracted, sums)
     return RunCotangents(dense_weights(run.closure, weights), sweep.chains.at_the_start(lam), xs)
@@ -106,14 +120,13 @@ class _Sweep:
     """The loop over the steps, in blocks; its state is λ of each chain and the sums."""
 
     run: RecordedRun
-    stacks: list  # of what differs from step to step: recorded residuals, then ȳ
     contraction: Contraction
     fission: Fission
     env: dict[Any, Any]
     chains: Chains
 
     @classmethod
-    def of(cls, run: RecordedRun, stacks: list) -> "_Sweep":
+    def of(cls, run: RecordedRun) -> "_Sweep":
         pullback, single = run.closure.pullback(y=run.asked), run.groups.chains == 1
         outputs, n = pullback.outputs, len(pullback.outputs.carry)
         contraction = pullback.divide(
@@ -132,17 +145,16 @@ class _Sweep:
         stacked = [*drop(contraction.outs[n:], contraction.outs[n:]), *contraction.operands]
         fission = divide(contraction.in_loop, env, rows, state, now, stacked)
         chains = Chains(run.closure, pullback, run.groups, run.invariant)
-        return cls(run, stacks, contraction, fission, env, chains)
+        return cls(run, contraction, fission, env, chains)
 
-    def block(self) -> int:
-        """How many steps' operands are stacked before they are contracted."""
-        length = self.run.groups.length
+    def block(self, length: int) -> int:
+        """Of so many steps, how many steps' operands are stacked before they are contracted."""
         weights = size_in_bytes(v.aval for v in variables(self.contraction.weights))
         kept = self.fission.stacked_outs[
             : len(self.fission.stacked_outs) - len(self.contraction.operands)
         ]
         held, remade = (
-            size_in_bytes(self.stacks) + weights,
+            size_in_bytes(v.aval for v in self.fission.rows) * length + weights,
             self.run.closure.layout.remade_bytes * length,
         )
         return block_size(
@@ -154,14 +166,35 @@ class _Sweep:
             in_parts=weights,
         )
 
-    def block_of_steps(self, state: Any, start: Any, size: int) -> tuple[Any, list]:
+    def over(self, stacks: list, first: Any, length: int, state: Any) -> tuple[Any, list]:
+        """Some of the steps backwards, in blocks: λ and the sums before them, x̄ in them.
+
+        Args:
+            stacks: what differs from step to step: recorded residuals, then ȳ, of these steps.
+            first: the run's row that is their first.
+            length: how many there are.
+            state: λ, the sums, and the contracted products so far.
+        """
+        return in_blocks(
+            functools.partial(self.block_of_steps, stacks, first),
+            state,
+            length,
+            self.block(length),
+            self.run.closure.kinds.x,
+            first=72,
+            descending=not self.run.reverse,
+        )
+
+    def block_of_steps(
+        self, stacks: list, first: Any, state: Any, start: Any, size: int
+    ) -> tuple[Any, list]:
         """A block of steps backwards: λ and the sums before it, x̄ in it."""
         lam, sums, contracted = state
         places = start + jnp.arange(size, dtype=jnp.int32)
-        these = block_of(self.stacks, start, size)
+        these = block_of(stacks, start, size)
         hoisted = self.fission.run_before(self.env, these, size)
         (lam, sums), saved = scan_stacking(
-            self.one_step,
+            functools.partial(self.one_step, stacks, first),
             (lam, sums),
             (places, hoisted),
             [v.aval for v in self.fission.saved],
@@ -171,7 +204,7 @@ class _Sweep:
         )
         stacked = self.fission.run_after(self.env, these, hoisted, saved, size)
         if self.run.groups.gaps:
-            stacked = [select(self.run.reached(places), v) for v in stacked]
+            stacked = [select(self.run.reached(first + places), v) for v in stacked]
         n = len(stacked) - len(self.contraction.operands)
         made = self.contraction.contract(stacked[n:])
         if contracted is not None:
@@ -184,10 +217,10 @@ class _Sweep:
         ]
         return (lam, sums, made), xs
 
-    def one_step(self, state: Any, row: Any) -> tuple[Any, list]:
+    def one_step(self, stacks: list, first: Any, state: Any, row: Any) -> tuple[Any, list]:
         """One step backwards."""
         (lam, sums), (place, hoisted) = state, row
-        groups, step, values = self.run.groups, self.run.step(place), rows(self.stacks, place)
+        groups, step, values = self.run.groups, self.run.step(first + place), rows(stacks, place)
         lam = self.chains.entering(step, lam)
         if self.run.factors is not None:
             lam = [_scale_or_zero(self.run.factors[step - 1], v) for v in lam]
