@@ -35,6 +35,16 @@ def positive_int(name: str, value: Any) -> None:
         )
 
 
+def no_window(name: str, leaves: int) -> ValueError:
+    """The error for None as the window of a part of the carry that has leaves."""
+    count = "a leaf" if leaves == 1 else f"{leaves} leaves"
+    return ValueError(
+        f"{name} must be an int of at least 1 (it counts time steps), but got None for a part of "
+        f"the carry with {count}. None is the window of a part without any; the number of all "
+        "steps that run lets this part's gradient through to the end."
+    )
+
+
 def above_one(name: str, value: Any, what: str) -> None:
     """Refuses what is not a number above 1, known when the loop is traced."""
     if isinstance(value, jax.core.Tracer):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._arrays import struct_like
@@ -49,8 +50,16 @@ class Program:
         return cls(closed.jaxpr, list(closed.consts))
 
     def __call__(self, *args: Any) -> list:
-        """The outputs, from the values of all inputs."""
-        return core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.consts))(*args)
+        """The outputs, from the values of all inputs: arrays, where JAX has numbers of Python."""
+        outs = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.consts))(*args)
+        return [
+            _as_array(v, atom.aval) if isinstance(atom, core.Literal) else v
+            for atom, v in zip(self.jaxpr.outvars, outs, strict=True)
+        ]
+
+
+def _as_array(number: Any, aval: Any) -> jax.Array:
+    return jnp.asarray(number, aval.dtype)
 
 
 def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -> list[Value]:

@@ -199,7 +199,7 @@ def record(
         window: how many steps a cotangent reaches back, the present one included. 1 is the
             ordinary one-step gradient, a window as long as the past full BPTT. Or ints in the
             containers of the carry, or of its outer part: a window for each part, such as
-            `{"fast": 5, "slow": 50}`.
+            `{"fast": 5, "slow": 50}`; None where the carry has None.
         every: after how many steps cotangents start, m. The outputs of m steps, counted
             from the first step, then go back together, `window` steps from the last of
             them. `window == every` is truncation by chunks, 1 the sliding window.

@@ -169,7 +169,7 @@ class _Cut:
             linear: whether the pullback is known to be linear, so that groups may go back as one.
         """
         most = max(length, 1) + self.every - 1  # there are no more steps to reach
-        steps = [min(w, most) for w in self.windows.steps] if self.windows else [most]
+        steps = [min(w or most, most) for w in self.windows.steps] if self.windows else [most]
         by_leaf = pick(followed, steps) if self.windows and followed else []
         together = linear or not self.windows
         return Groups.of(length, by_leaf or [max(steps)], self.every, together=together)
