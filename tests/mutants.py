@@ -99,6 +99,13 @@ FAULTS = [Fault(*row) for row in [
     ("steps that no chain reaches are counted all the same", "_transforms/groups", "scan groups",
      "return self.window < self.every", "return False"),
 
+    ("None is a window of any part", "_windows", "parts",
+     "if steps is None and size:", "if steps is None and size < 0:"),
+    ("a constant of the step stays a number of Python", "_jaxprs/evaluate", "constants",
+     "_as_array(v, atom.aval) if isinstance(atom, core.Literal) else v", "v"),
+    ("the branches of other platforms are compiled too", "_jaxprs/partial_eval", "platforms",
+     "if platforms is None:", "if True:"),
+
     # ------------------------------------------------------------------ tape, ring
     ("the reader is a slot off", "_transforms/tape", "oracles tape",
      "jnp.maximum(tape.length - 1, 0))) % window", "jnp.maximum(tape.length - 1, 0)) + 1) % window"),

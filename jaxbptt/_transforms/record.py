@@ -13,6 +13,7 @@ from jaxbptt._arrays import as_strong_arrays, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
+from jaxbptt._jaxprs.named_axes import axes_in_sight, run_in_sight
 from jaxbptt._transforms.cotangents import (
     Cotangents,
     is_symbolic_zero,
@@ -372,7 +373,12 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
         groups = followed.closed_over, followed.params, followed.x
         return *map(with_none, groups, ct), None
 
-    recorded_step.defvjp(forward, backward, symbolic_zeros=True)
+    axes = axes_in_sight(closure.forward.jaxpr.effects)
+    recorded_step.defvjp(
+        lambda *args: run_in_sight(axes, lambda: forward(*args)),
+        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
+        symbolic_zeros=True,
+    )
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
     return recorded_step(closure.closed_over, *leaves, (tape, apart))

@@ -17,6 +17,7 @@ from jaxbptt._closure.step import refuse_references
 from jaxbptt._compat import lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
 from jaxbptt._jaxprs.evaluate import bind, has_references, is_reference
+from jaxbptt._jaxprs.named_axes import axes_in_sight, run_in_sight
 from jaxbptt._transforms.cotangents import (
     is_symbolic_zero,
     primal_values,
@@ -187,6 +188,7 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     n_consts, n_carry = scan_counts(eqn)
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
+    axes = axes_in_sight(eqn.effects)
 
     @jax.custom_vjp
     def run(consts: list, init: list, xs: list, factors: jax.Array | None) -> list:
@@ -217,7 +219,11 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         of_consts = ct.weights, ct.carry, ct.xs
         return *map(with_none, followed, of_consts), None
 
-    run.defvjp(forward, backward, symbolic_zeros=True)
+    run.defvjp(
+        lambda *args: run_in_sight(axes, lambda: forward(*args)),
+        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
+        symbolic_zeros=True,
+    )
     factors = None if cut.drawn is None else cut.drawn.factors(length)
     return run(consts, init, values[n_consts + n_carry :], factors)
 

@@ -73,8 +73,8 @@ def test_a_constant_in_the_carry_and_in_y(weights, name):
         for t, x in enumerate(XS[:3]):
             made, aux, grad = run(0.7, made, x)
             np.testing.assert_allclose(grad, expected(0.7, t, 2), rtol=1e-12)
-            ct_ys = jnp.ones(1)
-            np.testing.assert_allclose(rec.pullback(0.7, made, ct_ys).params, grad, rtol=1e-12)
+            pulled = rec.pullback(0.7, made, jnp.ones(1)).params
+            np.testing.assert_allclose(pulled, grad, rtol=1e-12)
         for array in (aux, made.carry["constant"]):
             assert isinstance(array, jax.Array)
             assert (array.shape, array.dtype) == (jnp.shape(constant), jnp.asarray(constant).dtype)

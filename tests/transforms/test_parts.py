@@ -268,9 +268,9 @@ def test_none_is_no_window_of_a_part_that_exists():
     with pytest.raises(ValueError, match=said):
         jaxbptt.scan(lambda c, x: step(PARAMS, c, x), CARRY, XS, window=window)
     for nothing in (None, {"fast": None, "slow": None}):
-        with pytest.raises(ValueError, match="^window must be an int of at least 1"):
+        with pytest.raises(ValueError, match=r"^window must be an int of at least 1"):
             jaxbptt.record(step, window=nothing)
-    with pytest.raises(ValueError, match="^window must be an int of at least 1"):
+    with pytest.raises(ValueError, match=r"^window must be an int of at least 1"):
         jaxbptt.scan(lambda c, x: step(PARAMS, c, x), CARRY, XS, window={"fast": None})
 
 
