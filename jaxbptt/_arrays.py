@@ -97,6 +97,11 @@ def where_or_zero(live: Any, value: jax.Array) -> jax.Array:
     return value if live is True else jnp.where(live, value, jnp.zeros((), value.dtype))
 
 
+def is_inexact(dtype: Any) -> bool:
+    """Whether it is a type of floating-point or complex numbers."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
 def is_half_precision(dtype: Any) -> bool:
     """Whether it is a floating-point type of fewer than 32 bits."""
     return bool(jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32)

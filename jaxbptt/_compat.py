@@ -1,7 +1,7 @@
 """What differs between the releases of JAX, and `lax.scan` as it was at import."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,37 @@ def without_mesh() -> contextlib.AbstractContextManager:
     """A context in which programs show no trace of a mesh that the caller has entered."""
     use = getattr(jax.sharding, "use_abstract_mesh", None)  # JAX 0.7 has none
     return use(jax.sharding.AbstractMesh((), ())) if use else contextlib.nullcontext()
+
+
+def with_axes(axes: Sequence[tuple[Any, int]], function: Callable[[], Any]) -> Any:
+    """What a function of no arguments returns where axes of these names and sizes are known."""
+    if not hasattr(core, "set_current_trace"):  # before JAX 0.10
+        return _traced_with_axes(axes, function)
+    with core.take_current_trace() as current:
+        pass
+    found = []
+
+    def run() -> None:
+        with core.set_current_trace(current):
+            found.append(function())
+
+    # Nothing is traced by it, the names are all that is wanted of it.
+    jax.make_jaxpr(run, axis_env=axes)()
+    return found[0]
+
+
+def _traced_with_axes(axes: Sequence[tuple[Any, int]], function: Callable[[], Any]) -> Any:
+    closed, shapes = jax.make_jaxpr(function, axis_env=axes, return_shape=True)()
+    try:
+        outs = core.jaxpr_as_fun(closed)()
+    except NameError as cause:
+        names = ", ".join(repr(name) for name, _ in axes)
+        raise NameError(
+            f"jax.grad must stand inside of the vmap with the axis {names} where another vmap is "
+            "inside of that one, in this version of JAX. Take the gradient in the mapped function "
+            "and sum it, or use JAX 0.10 or later."
+        ) from cause
+    return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
 def savable_by_orbax(array: Any) -> Any:

@@ -106,6 +106,13 @@ FAULTS = [Fault(*row) for row in [
     ("the branches of other platforms are compiled too", "_jaxprs/partial_eval", "platforms",
      "if platforms is None:", "if True:"),
 
+    ("a sum over a mapped axis counts once for all of its rows", "_transforms/record", "named_axes",
+     "new_carry, y, aux = as_mapped(axes, made.step)", "new_carry, y, aux = made.step"),
+    ("a weight's cotangent is that of one row", "_transforms/scan", "named_axes",
+     "*map(with_none, followed, as_mapped(axes, of_consts))", "*map(with_none, followed, of_consts)"),
+    ("mapped axes are out of sight in a rule", "_jaxprs/named_axes", "named_axes",
+     "with_axes(missing, function) if missing else function()", "function()"),
+
     # ------------------------------------------------------------------ tape, ring
     ("the reader is a slot off", "_transforms/tape", "oracles tape",
      "jnp.maximum(tape.length - 1, 0))) % window", "jnp.maximum(tape.length - 1, 0)) + 1) % window"),

@@ -169,13 +169,7 @@ def needed(
 
 def acts(eqn: core.JaxprEqn) -> bool:
     """Whether an equation has side effects; to JAX a collective's named axis is one, not here."""
-    return len(named_axes(eqn.effects)) < len(eqn.effects)
-
-
-def named_axes(effects: Iterable) -> list[Any]:
-    """The names of the axes that collectives among these effects go over."""
-    found = {e.name for e in effects if type(e).__name__ == "NamedAxisEffect"}
-    return sorted(found, key=str)
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
 def variables(atoms: Iterable) -> list[Any]:

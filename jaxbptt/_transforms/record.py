@@ -13,7 +13,7 @@ from jaxbptt._arrays import as_strong_arrays, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
-from jaxbptt._jaxprs.named_axes import axes_in_sight, run_in_sight
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
 from jaxbptt._transforms.cotangents import (
     Cotangents,
     is_symbolic_zero,
@@ -338,13 +338,14 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
     a tracer that is only closed over would get no gradient, or outlive its trace.
     """
     every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
+    axes = axes_in_sight(closure.forward.jaxpr.eqns)
 
     def run(closed_over: list, params: list, x: list, rest: tuple[Tape, Closure]) -> Any:
         tape, closure = rest
         bound = dataclasses.replace(closure, closed_over=closed_over)
         carry = jax.tree.leaves(tape.carry)
         made = bound.run(params, carry, x)
-        new_carry, y, aux = made.step
+        new_carry, y, aux = as_mapped(axes, made.step)
         return push(tape, new_carry, [*carry, *x] if replays else made.recorded), y, aux
 
     recorded_step = jax.custom_vjp(run)
@@ -371,9 +372,8 @@ def _call(closure: Closure, tape: Tape, params: PyTree, x: PyTree) -> tuple[Tape
         lam = without_symbolic(of_carry, kinds.carry)
         ct = _pull_group(saved, lam, of_y)
         groups = followed.closed_over, followed.params, followed.x
-        return *map(with_none, groups, ct), None
+        return *map(with_none, groups, as_mapped(axes, ct)), None
 
-    axes = axes_in_sight(closure.forward.jaxpr.effects)
     recorded_step.defvjp(
         lambda *args: run_in_sight(axes, lambda: forward(*args)),
         lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),

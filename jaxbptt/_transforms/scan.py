@@ -17,7 +17,7 @@ from jaxbptt._closure.step import refuse_references
 from jaxbptt._compat import lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
 from jaxbptt._jaxprs.evaluate import bind, has_references, is_reference
-from jaxbptt._jaxprs.named_axes import axes_in_sight, run_in_sight
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
 from jaxbptt._transforms.cotangents import (
     is_symbolic_zero,
     primal_values,
@@ -188,11 +188,11 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     n_consts, n_carry = scan_counts(eqn)
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
-    axes = axes_in_sight(eqn.effects)
+    axes = axes_in_sight([eqn])
 
     @jax.custom_vjp
     def run(consts: list, init: list, xs: list, factors: jax.Array | None) -> list:
-        return bind(eqn, [*consts, *init, *xs])
+        return as_mapped(axes, bind(eqn, [*consts, *init, *xs]))
 
     def forward(*args: Any) -> tuple[list, Any]:
         perturbed = [v.perturbed for group in args[:3] for v in group]
@@ -201,7 +201,7 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         bound = dataclasses.replace(closure, closed_over=consts)
         recorded = record_run(bound, init, xs, length, reverse=reverse, unroll=eqn.params["unroll"])
         saved = closure, recorded.residuals, bound.invariant([]), factors
-        return [*recorded.carry, *recorded.ys], saved
+        return as_mapped(axes, [*recorded.carry, *recorded.ys]), saved
 
     def backward(saved: Any, cts: list) -> tuple[list | None, ...]:
         closure, residuals, invariant, factors = saved
@@ -217,7 +217,7 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         )
         followed = layout.followed.closed_over, layout.followed.carry, layout.followed.x
         of_consts = ct.weights, ct.carry, ct.xs
-        return *map(with_none, followed, of_consts), None
+        return *map(with_none, followed, as_mapped(axes, of_consts)), None
 
     run.defvjp(
         lambda *args: run_in_sight(axes, lambda: forward(*args)),
