@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._compat import as_varying
+from jaxbptt._compat import Inconclusive, as_varying
 from jaxbptt._types import PyTree, TreeType, leaf_type
 
 
@@ -90,6 +90,14 @@ def filled(aval: Any, number: int) -> jax.Array:
 def size_in_bytes(arrays: Iterable) -> int:
     """The bytes of arrays or abstract values."""
     return sum(v.size * v.dtype.itemsize for v in arrays)
+
+
+def at_most(size: Any, limit: Any) -> bool:
+    """Whether a size is known to be at most so large; of a symbolic dimension it may not be."""
+    try:
+        return bool(size <= limit)
+    except Inconclusive:
+        return False
 
 
 def where_or_zero(live: Any, value: jax.Array) -> jax.Array:

@@ -8,10 +8,16 @@ import jax
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
 # A library that one can't edit is tried with `jax.lax.scan = partial(jaxbptt.scan, window=None)`.
 # Our own loops must not go through what has been put there.
 lax_scan = lax.scan
+
+# What JAX raises where symbolic dimensions are compared, of which it isn't known which is larger.
+Inconclusive: type[Exception] = getattr(core, "InconclusiveDimensionOperation", None) or getattr(
+    jax.core, "InconclusiveDimensionOperation"
+)  # noqa: B009  in JAX 0.7
 
 
 def varying(aval: Any) -> frozenset:
@@ -25,6 +31,14 @@ def as_varying(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(array, axes, to="varying")
     return getattr(lax, "pvary")(array, axes)  # noqa: B009  its name before JAX 0.8
+
+
+def with_axis_in_front(spec: PartitionSpec) -> PartitionSpec:
+    """The spec of arrays stacked along a new first axis, which no axis of the mesh divides."""
+    if not hasattr(spec, "partitions"):  # before JAX 0.10 a spec is a tuple, and no more
+        return PartitionSpec(None, *spec)
+    # Over which axes there are terms of a sum, or copies for one, is no matter of positions.
+    return spec.update(partitions=(None, *spec.partitions))
 
 
 def bind_params(eqn: core.JaxprEqn) -> tuple[Sequence, dict[str, Any]]:

@@ -5,9 +5,9 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 
-from jaxbptt._compat import varying
+from jaxbptt._compat import varying, with_axis_in_front
 
 PyTree: TypeAlias = Any
 """Any nesting of containers that JAX knows, with arrays (or None) at the leaves."""
@@ -43,7 +43,7 @@ class LeafType:
         """The type of so many of them, one after another along a new first axis."""
         sharding = self.sharding
         if sharding is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+            sharding = NamedSharding(sharding.mesh, with_axis_in_front(sharding.spec))
         return LeafType((length, *self.shape), self.dtype, self.varying, sharding)
 
     @property

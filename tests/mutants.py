@@ -95,9 +95,9 @@ FAULTS = [Fault(*row) for row in [
      "return (step - 1) // self.every", "return step // self.every"),
     ("nothing is cut off from a window of the length on, whatever the groups", "_transforms/groups",
      "groups scan",
-     "window >= length + every - 1:", "window >= length:"),
+     "at_most(length + every - 1, window):", "at_most(length, window):"),
     ("steps that no chain reaches are counted all the same", "_transforms/groups", "scan groups",
-     "return self.window < self.every", "return False"),
+     "return not at_most(self.every, self.window)", "return False"),
 
     ("None is a window of any part", "_windows", "parts",
      "if steps is None and size:", "if steps is None and size < 0:"),
@@ -128,8 +128,8 @@ FAULTS = [Fault(*row) for row in [
      "_ring=[jnp.zeros_like(leaf) for leaf in tape._ring]", "_ring=tape._ring"),
     ("weak types stay weak", "_arrays", "tape faults current",
      "return lax.convert_element_type(leaf, leaf.dtype)", "return leaf"),
-    ("a stack is laid over the mesh with time for the batch", "_types", "explicit_axes",
-     "PartitionSpec(None, *sharding.spec)", "PartitionSpec(*sharding.spec, None)"),
+    ("a stack is laid over the mesh with time for the batch", "_compat", "explicit_axes",
+     "(None, *spec.partitions)", "(*spec.partitions, None)"),
 
     # ----------------------------------------------------------- one recorded step
     ("the gradient doesn't wait until it is due", "_transforms/record", "oracles tape",

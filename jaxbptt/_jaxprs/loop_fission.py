@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxbptt._arrays import size_in_bytes
+from jaxbptt._arrays import at_most, size_in_bytes
 from jaxbptt._jaxprs.cpu_products import bind_product
 from jaxbptt._jaxprs.evaluate import Atom, Bind, bind, evaluate, needed, values_of, variables
 from jaxbptt._jaxprs.primitives import MOVABLE
@@ -181,7 +181,8 @@ def _waits(eqn: core.JaxprEqn, constant: set) -> bool:
     (i,) = varying
     operand: Any = eqn.invars[i]
     shape = operand.aval.shape
-    return math.prod(shape) <= _ROWS * math.prod(shape[axis] for axis in (*contract[i], *batch[i]))
+    matrix = math.prod(shape[axis] for axis in (*contract[i], *batch[i]))
+    return at_most(math.prod(shape), _ROWS * matrix)
 
 
 def _together(

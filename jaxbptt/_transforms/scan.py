@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt import _errors
-from jaxbptt._arrays import struct_like
+from jaxbptt._arrays import at_most, struct_like
 from jaxbptt._closure.closure import Closure, close, pick
 from jaxbptt._closure.pullbacks import Inputs, Mask
 from jaxbptt._closure.step import refuse_references
@@ -170,7 +170,9 @@ class _Cut:
             linear: whether the pullback is known to be linear, so that groups may go back as one.
         """
         most = max(length, 1) + self.every - 1  # there are no more steps to reach
-        steps = [min(w or most, most) for w in self.windows.steps] if self.windows else [most]
+        steps = [most]
+        if self.windows:
+            steps = [w if w and not at_most(most, w) else most for w in self.windows.steps]
         by_leaf = pick(followed, steps) if self.windows and followed else []
         together = linear or not self.windows
         return Groups.of(length, by_leaf or [max(steps)], self.every, together=together)
