@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._compat import Inconclusive, as_varying
-from jaxbptt._types import PyTree, TreeType, leaf_type
+from jaxbptt._types import PyTree, TreeType, is_part_of_sum, leaf_type
 
 
 def as_strong_arrays(
@@ -102,7 +102,11 @@ def at_most(size: Any, limit: Any) -> bool:
 
 def where_or_zero(live: Any, value: jax.Array) -> jax.Array:
     """The value where `live`, else zeros."""
-    return value if live is True else jnp.where(live, value, jnp.zeros((), value.dtype))
+    if live is True:
+        return value
+    if is_part_of_sum(jax.typeof(value)):  # which can't be broadcast against anything
+        return lax.select_n(live, zeros(jax.typeof(value)), value)
+    return jnp.where(live, value, jnp.zeros((), value.dtype))
 
 
 def is_inexact(dtype: Any) -> bool:

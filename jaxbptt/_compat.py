@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec
 lax_scan = lax.scan
 
 # What JAX raises where symbolic dimensions are compared, of which it isn't known which is larger.
-Inconclusive: type[Exception] = getattr(core, "InconclusiveDimensionOperation", None) or getattr(
-    jax.core, "InconclusiveDimensionOperation"
-)  # noqa: B009  in JAX 0.7
+_place = core if hasattr(core, "InconclusiveDimensionOperation") else jax.core  # the latter in 0.7
+Inconclusive: type[Exception] = getattr(_place, "InconclusiveDimensionOperation")  # noqa: B009
 
 
 def varying(aval: Any) -> frozenset:

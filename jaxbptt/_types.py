@@ -79,6 +79,13 @@ def leaf_type(leaf: Any) -> LeafType:
     return LeafType(tuple(leaf.shape), leaf.dtype, varying(leaf), explicit(leaf))
 
 
+def is_part_of_sum(value: Any) -> bool:
+    """Whether devices hold terms of a sum, or copies that get one: JAX can't batch over such."""
+    sharding = getattr(getattr(value, "aval", value), "sharding", None)
+    spec = getattr(sharding, "spec", None)
+    return bool(getattr(spec, "unreduced", None) or getattr(spec, "reduced", None))
+
+
 def explicit(aval: Any) -> NamedSharding | None:
     """The sharding in an abstract value's type, None where no axis of its mesh is Explicit."""
     sharding = getattr(aval, "sharding", None)
