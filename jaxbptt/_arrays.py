@@ -64,7 +64,7 @@ def structs_of(kind: TreeType) -> PyTree:
 
 def struct_like(aval: Any) -> Any:
     """Something of an abstract value's type to trace with, its explicit sharding included."""
-    if leaf_type(aval).varying:
+    if leaf_type(aval).varying or leaf_type(aval).memory:
         return zeros(aval)
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and sharding.mesh.empty:
@@ -81,6 +81,8 @@ def filled(aval: Any, number: int) -> jax.Array:
     """The same with another number everywhere, as far as the dtype has it."""
     kind = leaf_type(aval)
     array = jnp.full(kind.shape, number, kind.dtype, device=kind.sharding)
+    if kind.memory is not None:
+        array = jax.device_put(array, kind.memory)
     axes = tuple(sorted(kind.varying))
     if not axes:
         return array

@@ -32,6 +32,14 @@ def as_varying(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return getattr(lax, "pvary")(array, axes)  # noqa: B009  its name before JAX 0.8
 
 
+def other_memory(aval: Any) -> Any:
+    """The memory that an abstract value lies in, None for the device's own."""
+    if not hasattr(jax, "memory"):  # before JAX 0.8 types don't tell
+        return None
+    space = getattr(aval, "memory_space", None)
+    return None if space is jax.memory.Space.Device else space
+
+
 def with_axis_in_front(spec: PartitionSpec) -> PartitionSpec:
     """The spec of arrays stacked along a new first axis, which no axis of the mesh divides."""
     if not hasattr(spec, "partitions"):  # before JAX 0.10 a spec is a tuple, and no more

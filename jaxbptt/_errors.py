@@ -45,6 +45,14 @@ def no_window(name: str, leaves: int) -> ValueError:
     )
 
 
+def symbolic_length(length: Any, why: str) -> ValueError:
+    """The error for a symbolic number of steps, where the number has to be known."""
+    return ValueError(
+        f"the length of the run must be a number {why}, but got the symbolic dimension {length}. "
+        "Export for a fixed number of steps; the batch may be symbolic."
+    )
+
+
 def above_one(name: str, value: Any, what: str) -> None:
     """Refuses what is not a number above 1, known when the loop is traced."""
     if isinstance(value, jax.core.Tracer):

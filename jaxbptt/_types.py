@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
-from jaxbptt._compat import varying, with_axis_in_front
+from jaxbptt._compat import other_memory, varying, with_axis_in_front
 
 PyTree: TypeAlias = Any
 """Any nesting of containers that JAX knows, with arrays (or None) at the leaves."""
@@ -26,14 +26,15 @@ class LeafType:
     """Shape and dtype of one leaf, equal when these are.
 
     `varying` (the mesh axes over which the leaf varies inside `shard_map`) and `sharding`
-    (over axes of type Explicit) ride along and do not count: a tape means the same
-    wherever it lies.
+    (over axes of type Explicit) and `memory` (where it is not the device's own) ride
+    along and do not count: a tape means the same wherever it lies.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     varying: frozenset = dataclasses.field(default=frozenset(), compare=False)
     sharding: Any = dataclasses.field(default=None, compare=False)
+    memory: Any = dataclasses.field(default=None, compare=False)
 
     def __str__(self) -> str:
         name = "float0" if self.dtype == jax.dtypes.float0 else self.dtype
@@ -44,7 +45,7 @@ class LeafType:
         sharding = self.sharding
         if sharding is not None:
             sharding = NamedSharding(sharding.mesh, with_axis_in_front(sharding.spec))
-        return LeafType((length, *self.shape), self.dtype, self.varying, sharding)
+        return LeafType((length, *self.shape), self.dtype, self.varying, sharding, self.memory)
 
     @property
     def differentiable(self) -> bool:
@@ -76,7 +77,9 @@ def leaf_type(leaf: Any) -> LeafType:
         return leaf
     if isinstance(leaf, jax.Array):  # tracers are too
         leaf = jax.typeof(leaf)
-    return LeafType(tuple(leaf.shape), leaf.dtype, varying(leaf), explicit(leaf))
+    return LeafType(
+        tuple(leaf.shape), leaf.dtype, varying(leaf), explicit(leaf), other_memory(leaf)
+    )
 
 
 def is_part_of_sum(value: Any) -> bool:

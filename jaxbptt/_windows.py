@@ -97,7 +97,9 @@ class RandomWindow:
             Floats (length,): 0 where λ is cut between a step and the next one, else 1 / (1 - c);
             1 for the last step, whose λ is the cotangent of the final carry.
         """
-        drawn = jax.random.uniform(self.key, (length - 1 if length else 0,))
+        if not isinstance(length, int):
+            raise _errors.symbolic_length(length, "with a random window")
+        drawn = jax.random.uniform(self.key, (max(length - 1, 0),))
         shift, slope = (1 - 1 / self.alpha) * self.mean, 1 / self.alpha
 
         def one(age: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,7 +107,7 @@ class RandomWindow:
             cut = u < c
             return jnp.where(cut, 1, age + 1), jnp.where(cut, 0, 1 / (1 - c))
 
-        first = 1 + 0 * jnp.sum(drawn)  # it varies over a mesh as the key does
+        first = 1 + 0 * jnp.sum(drawn[:1])  # it varies over a mesh as the key does
         return jnp.append(lax_scan(one, first, drawn)[1], 1)[:length]
 
 

@@ -159,6 +159,42 @@ def test_a_tape_that_lies_elsewhere_is_said():
             rec(params, tape, xs[0])
 
 
+@pytest.mark.skipif(not hasattr(P, "reduced"), reason="this version of JAX has no reduced axes")
+@pytest.mark.parametrize("case", ["stored", "current", "replayed", "whole", "sliding", "layers"])
+def test_weights_may_be_reduced_and_their_gradients_unreduced(case):
+    w, c, xs = draw(4, 4), draw(BATCH, 4), draw(5, BATCH, 4)
+    layers = draw(5, 4, 4)
+
+    def run(w, c, xs, layers, spec):
+        def step(w, c, x):
+            c = jnp.tanh(jnp.dot(c, w, out_sharding=spec) + x)
+            return c, c
+
+        if case in ("whole", "sliding"):
+            window = None if case == "whole" else 2
+            ys = jaxbptt.scan(functools.partial(step, w), c, xs, window=window)[1]
+            return jnp.sum(ys**2)
+        if case == "layers":
+            by_layer = lambda c, w: step(w, c, xs[0])  # noqa: E731
+            return jnp.sum(jaxbptt.scan(by_layer, c, layers, window=2)[0] ** 2)
+        rec = jaxbptt.record(step, window=2, weights=case)
+        tape, total = rec.init(w, c, xs[0]), 0.0
+        for t in range(3):
+            tape, y = rec(w, tape, xs[t])
+            total += jnp.sum(y**2)
+        return total
+
+    of = 3 if case == "layers" else 0
+    want = jax.grad(functools.partial(run, spec=None), of)(w, c, xs, layers)
+    with entered(mesh_of("Explicit", data=2)):
+        there = [P(reduced={"data"}), P("data"), P(None, "data"), P(reduced={"data"})]
+        args = [jax.device_put(v, spec) for v, spec in zip((w, c, xs, layers), there, strict=True)]
+        got = jax.jit(jax.grad(functools.partial(run, spec=P("data")), of))(*args)
+        assert jax.typeof(got).sharding.spec.unreduced == {"data"}
+        total = jax.device_get(jax.sharding.reshard(got, P()))
+    oracles.check("reduced weights", total, want, 1e-12)
+
+
 def recorded_on_the_mesh():
     """A recorder, and what it gave after a few steps over both axes: params, tape and y."""
     rec = jaxbptt.record(step, window=4)
