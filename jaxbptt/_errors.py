@@ -53,6 +53,16 @@ def symbolic_length(length: Any, why: str) -> ValueError:
     )
 
 
+def inside_auto_axes() -> ValueError:
+    """The error for residuals that a step leaves inside of `auto_axes`."""
+    return ValueError(
+        "step must keep to the Explicit axes of its mesh, but what its pullback needs of the "
+        "forward pass is made inside of jax.sharding.auto_axes, where an array has no sharding to "
+        "be recorded with. Put auto_axes around the whole loop, or write the step with Explicit "
+        "shardings; scan with window=None takes it as it is."
+    )
+
+
 def above_one(name: str, value: Any, what: str) -> None:
     """Refuses what is not a number above 1, known when the loop is traced."""
     if isinstance(value, jax.core.Tracer):

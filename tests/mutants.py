@@ -113,6 +113,19 @@ FAULTS = [Fault(*row) for row in [
     ("mapped axes are out of sight in a rule", "_jaxprs/named_axes", "named_axes",
      "with_axes(missing, function) if missing else function()", "function()"),
 
+    ("symbolic sizes count as small", "_arrays", "export",
+     "except Inconclusive:\n        return False", "except Inconclusive:\n        return True"),
+    ("a run of symbolic length is cut into blocks", "_jaxprs/loops", "export",
+     "return length  # symbolic dimensions", "return _FEWEST  # symbolic dimensions"),
+    ("what is offloaded is recorded on the device", "_arrays", "export",
+     "if kind.memory is not None:", "if False:"),
+    ("parts of a sum are batched over", "_jaxprs/loop_fission", "explicit_axes",
+     "plain = not any(map(is_part_of_sum, [*eqn.invars, *eqn.outvars]))", "plain = True"),
+    ("parts of a sum are broadcast against", "_arrays", "explicit_axes",
+     "if is_part_of_sum(jax.typeof(value)):", "if False:"),
+    ("a scan stacks what lies on a mesh of its own", "_transforms/scan", "explicit_axes",
+     "or leaves_explicit_axes(body)):", "):"),
+
     # ------------------------------------------------------------------ tape, ring
     ("the reader is a slot off", "_transforms/tape", "oracles tape",
      "jnp.maximum(tape.length - 1, 0))) % window", "jnp.maximum(tape.length - 1, 0)) + 1) % window"),

@@ -12,6 +12,7 @@ from jax.extend import core
 from jaxbptt._arrays import struct_like
 from jaxbptt._compat import bind_params
 from jaxbptt._jaxprs.primitives import CALLS
+from jaxbptt._types import explicit
 
 
 class Marker:
@@ -142,6 +143,21 @@ def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
             each = each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
             if isinstance(each, core.Jaxpr):
                 yield each
+
+
+def leaves_explicit_axes(jaxpr: core.Jaxpr) -> bool:
+    """Whether a part of a program sees the Explicit axes of its mesh as Auto (`auto_axes`)."""
+    values = [v.aval for eqn in jaxpr.eqns for v in [*eqn.invars, *eqn.outvars]]
+    if any(map(explicit, values)) and any(map(on_other_axes, values)):
+        return True
+    inner = (inner for eqn in jaxpr.eqns for inner in inner_jaxprs(eqn))
+    return any(map(leaves_explicit_axes, inner))
+
+
+def on_other_axes(aval: Any) -> bool:
+    """Whether an abstract value lies on a mesh of which no axis is Explicit."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and not mesh.empty and not explicit(aval)
 
 
 def is_reference(atom: Any) -> bool:

@@ -16,7 +16,7 @@ from jaxbptt._closure.pullbacks import Inputs, Mask
 from jaxbptt._closure.step import refuse_references
 from jaxbptt._compat import lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
-from jaxbptt._jaxprs.evaluate import bind, has_references, is_reference
+from jaxbptt._jaxprs.evaluate import bind, has_references, is_reference, leaves_explicit_axes
 from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
 from jaxbptt._transforms.cotangents import (
     is_symbolic_zero,
@@ -184,8 +184,11 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     Only when it is differentiated is a derivative traced, and then of what is perturbed alone.
     Every array is an argument of the `custom_vjp`: one only closed over gets no gradient.
     """
-    if not cut.windows and not cut.drawn and any(map(is_reference, eqn.invars)):
-        return bind(eqn, values)  # a derivative of our own can't write to references: JAX's does
+    whole, body = not cut.windows and not cut.drawn, eqn.params["jaxpr"].jaxpr
+    if whole and (any(map(is_reference, eqn.invars)) or leaves_explicit_axes(body)):
+        # A derivative of our own can't write to references, nor stack what lies on a mesh that
+        # is not the caller's: JAX's does both.
+        return bind(eqn, values)
     refuse_references(eqn.invars)
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     n_consts, n_carry = scan_counts(eqn)

@@ -195,6 +195,33 @@ def test_weights_may_be_reduced_and_their_gradients_unreduced(case):
     oracles.check("reduced weights", total, want, 1e-12)
 
 
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has another form")
+def test_auto_axes_inside_a_step():
+    def loss(w, scan):
+        model = jax.sharding.auto_axes(lambda c: jnp.sin(w * c), out_sharding=P())
+        return scan(lambda c, _: (model(c), None), 2.0, None, 3)[0]
+
+    def plain(w):
+        return jnp.sin(w * jnp.sin(w * jnp.sin(w * 2.0)))
+
+    with entered(mesh()):
+        whole = functools.partial(jaxbptt.scan, window=None)
+        got = jax.jit(jax.grad(lambda w: loss(w, whole)))(1.5)
+        said = r"^step must keep to the Explicit axes .* Put auto_axes around"
+        with pytest.raises(ValueError, match=said):
+            jax.jit(jax.grad(lambda w: loss(w, functools.partial(jaxbptt.scan, window=2))))(1.5)
+        model = jax.sharding.auto_axes(lambda w, c: jnp.sin(w * c), out_sharding=P())
+        with pytest.raises(ValueError, match=said):
+            jaxbptt.record(lambda w, c, x: (model(w, c),) * 2, window=2).init(1.5, 2.0, None)
+        around = jax.sharding.auto_axes(
+            lambda w: jaxbptt.scan(lambda c, _: (jnp.sin(w * c), None), 2.0, None, 3, window=5)[0],
+            out_sharding=P(),
+        )
+        outside = jax.jit(jax.grad(around))(1.5)
+    for one in (got, outside):
+        oracles.check("auto_axes", jax.device_get(one), jax.grad(plain)(1.5), 1e-12)
+
+
 def recorded_on_the_mesh():
     """A recorder, and what it gave after a few steps over both axes: params, tape and y."""
     rec = jaxbptt.record(step, window=4)
