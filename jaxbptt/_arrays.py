@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._compat import as_varying
-from jaxbptt._types import PyTree, TreeType, leaf_type
+from jaxbptt._compat import Inconclusive, as_varying
+from jaxbptt._types import PyTree, TreeType, is_part_of_sum, leaf_type
 
 
 def as_strong_arrays(
@@ -83,7 +83,7 @@ def structs_of(kind: TreeType) -> PyTree:
 
 def struct_like(aval: Any) -> Any:
     """Something of an abstract value's type to trace with, its explicit sharding included."""
-    if leaf_type(aval).varying:
+    if leaf_type(aval).varying or leaf_type(aval).memory:
         return zeros(aval)
     sharding = getattr(aval, "sharding", None)
     if sharding is not None and sharding.mesh.empty:
@@ -100,6 +100,8 @@ def filled(aval: Any, number: int) -> jax.Array:
     """The same with another number everywhere, as far as the dtype has it."""
     kind = leaf_type(aval)
     array = jnp.full(kind.shape, number, kind.dtype, device=kind.sharding)
+    if kind.memory is not None:
+        array = jax.device_put(array, kind.memory)
     axes = tuple(sorted(kind.varying))
     if not axes:
         return array
@@ -111,9 +113,26 @@ def size_in_bytes(arrays: Iterable) -> int:
     return sum(v.size * v.dtype.itemsize for v in arrays)
 
 
+def at_most(size: Any, limit: Any) -> bool:
+    """Whether a size is known to be at most so large; of a symbolic dimension it may not be."""
+    try:
+        return bool(size <= limit)
+    except Inconclusive:
+        return False
+
+
 def where_or_zero(live: Any, value: jax.Array) -> jax.Array:
     """The value where `live`, else zeros."""
-    return value if live is True else jnp.where(live, value, jnp.zeros((), value.dtype))
+    if live is True:
+        return value
+    if is_part_of_sum(jax.typeof(value)):  # which can't be broadcast against anything
+        return lax.select_n(live, zeros(jax.typeof(value)), value)
+    return jnp.where(live, value, jnp.zeros((), value.dtype))
+
+
+def is_inexact(dtype: Any) -> bool:
+    """Whether it is a type of floating-point or complex numbers."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def select_rows(flags: jax.Array, values: jax.Array) -> jax.Array:

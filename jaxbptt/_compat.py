@@ -8,10 +8,15 @@ import jax
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
 # A library that one can't edit is tried with `jax.lax.scan = partial(jaxbptt.scan, window=None)`.
 # Our own loops must not go through what has been put there.
 lax_scan = lax.scan
+
+# What JAX raises where symbolic dimensions are compared, of which it isn't known which is larger.
+_place = core if hasattr(core, "InconclusiveDimensionOperation") else jax.core  # the latter in 0.7
+Inconclusive: type[Exception] = getattr(_place, "InconclusiveDimensionOperation")  # noqa: B009
 
 
 def varying(aval: Any) -> frozenset:
@@ -25,6 +30,22 @@ def as_varying(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(array, axes, to="varying")
     return getattr(lax, "pvary")(array, axes)  # noqa: B009  its name before JAX 0.8
+
+
+def other_memory(aval: Any) -> Any:
+    """The memory that an abstract value lies in, None for the device's own."""
+    if not hasattr(jax, "memory"):  # before JAX 0.8 types don't tell
+        return None
+    space = getattr(aval, "memory_space", None)
+    return None if space is jax.memory.Space.Device else space
+
+
+def with_axis_in_front(spec: PartitionSpec) -> PartitionSpec:
+    """The spec of arrays stacked along a new first axis, which no axis of the mesh divides."""
+    if not hasattr(spec, "partitions"):  # before JAX 0.10 a spec is a tuple, and no more
+        return PartitionSpec(None, *spec)
+    # Over which axes there are terms of a sum, or copies for one, is no matter of positions.
+    return spec.update(partitions=(None, *spec.partitions))
 
 
 def bind_params(eqn: core.JaxprEqn) -> tuple[Sequence, dict[str, Any]]:
@@ -66,6 +87,37 @@ def without_mesh() -> contextlib.AbstractContextManager:
     """A context in which programs show no trace of a mesh that the caller has entered."""
     use = getattr(jax.sharding, "use_abstract_mesh", None)  # JAX 0.7 has none
     return use(jax.sharding.AbstractMesh((), ())) if use else contextlib.nullcontext()
+
+
+def with_axes(axes: Sequence[tuple[Any, int]], function: Callable[[], Any]) -> Any:
+    """What a function of no arguments returns where axes of these names and sizes are known."""
+    if not hasattr(core, "set_current_trace"):  # before JAX 0.10
+        return _traced_with_axes(axes, function)
+    with core.take_current_trace() as current:
+        pass
+    found = []
+
+    def run() -> None:
+        with core.set_current_trace(current):
+            found.append(function())
+
+    # Nothing is traced by it, the names are all that is wanted of it.
+    jax.make_jaxpr(run, axis_env=axes)()
+    return found[0]
+
+
+def _traced_with_axes(axes: Sequence[tuple[Any, int]], function: Callable[[], Any]) -> Any:
+    closed, shapes = jax.make_jaxpr(function, axis_env=axes, return_shape=True)()
+    try:
+        outs = core.jaxpr_as_fun(closed)()
+    except NameError as cause:
+        names = ", ".join(repr(name) for name, _ in axes)
+        raise NameError(
+            f"jax.grad must stand inside of the vmap with the axis {names} where another vmap is "
+            "inside of that one, in this version of JAX. Take the gradient in the mapped function "
+            "and sum it, or use JAX 0.10 or later."
+        ) from cause
+    return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
 def savable_by_orbax(array: Any) -> Any:

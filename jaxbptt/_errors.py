@@ -52,6 +52,34 @@ def is_remat(value: Any) -> None:
         positive_int("remat", value)
 
 
+def no_window(name: str, leaves: int) -> ValueError:
+    """The error for None as the window of a part of the carry that has leaves."""
+    count = "a leaf" if leaves == 1 else f"{leaves} leaves"
+    return ValueError(
+        f"{name} must be an int of at least 1 (it counts time steps), but got None for a part of "
+        f"the carry with {count}. None is the window of a part without any; the number of all "
+        "steps that run lets this part's gradient through to the end."
+    )
+
+
+def symbolic_length(length: Any, why: str) -> ValueError:
+    """The error for a symbolic number of steps, where the number has to be known."""
+    return ValueError(
+        f"the length of the run must be a number {why}, but got the symbolic dimension {length}. "
+        "Export for a fixed number of steps; the batch may be symbolic."
+    )
+
+
+def inside_auto_axes() -> ValueError:
+    """The error for residuals that a step leaves inside of `auto_axes`."""
+    return ValueError(
+        "step must keep to the Explicit axes of its mesh, but what its pullback needs of the "
+        "forward pass is made inside of jax.sharding.auto_axes, where an array has no sharding to "
+        "be recorded with. Put auto_axes around the whole loop, or write the step with Explicit "
+        "shardings; scan with window=None takes it as it is."
+    )
+
+
 def above_one(name: str, value: Any, what: str) -> None:
     """Refuses what is not a number above 1, known when the loop is traced."""
     if isinstance(value, jax.core.Tracer):
@@ -371,15 +399,6 @@ def has_steps(xs: TreeType) -> None:
                 "xs must have a first axis over time steps in every leaf, but got "
                 f"xs{path}: {leaf}. Let f close over what is the same at all steps."
             )
-
-
-def symbolic_shapes() -> ValueError:
-    """The error for a truncated derivative of a run whose shapes are not all numbers."""
-    return ValueError(
-        "init, xs and what f closes over must have sizes that are numbers where scan is "
-        "differentiated with a window, but got symbolic dimensions (of jax.export). Export for "
-        "each size, or leave all in the gradient: window=None."
-    )
 
 
 def _by_path(kind: TreeType) -> dict[str, LeafType]:

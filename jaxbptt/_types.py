@@ -5,9 +5,9 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 
-from jaxbptt._compat import varying
+from jaxbptt._compat import other_memory, varying, with_axis_in_front
 
 PyTree: TypeAlias = Any
 """Any nesting of containers that JAX knows, with arrays (or None) at the leaves."""
@@ -26,14 +26,15 @@ class LeafType:
     """Shape and dtype of one leaf, equal when these are.
 
     `varying` (the mesh axes over which the leaf varies inside `shard_map`) and `sharding`
-    (over axes of type Explicit) ride along and do not count: a tape means the same
-    wherever it lies.
+    (over axes of type Explicit) and `memory` (where it is not the device's own) ride
+    along and do not count: a tape means the same wherever it lies.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     varying: frozenset = dataclasses.field(default=frozenset(), compare=False)
     sharding: Any = dataclasses.field(default=None, compare=False)
+    memory: Any = dataclasses.field(default=None, compare=False)
 
     def __str__(self) -> str:
         name = "float0" if self.dtype == jax.dtypes.float0 else self.dtype
@@ -43,8 +44,8 @@ class LeafType:
         """The type of so many of them, one after another along a new first axis."""
         sharding = self.sharding
         if sharding is not None:
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-        return LeafType((length, *self.shape), self.dtype, self.varying, sharding)
+            sharding = NamedSharding(sharding.mesh, with_axis_in_front(sharding.spec))
+        return LeafType((length, *self.shape), self.dtype, self.varying, sharding, self.memory)
 
     @property
     def differentiable(self) -> bool:
@@ -96,7 +97,16 @@ def leaf_type(leaf: Any) -> LeafType:
         return leaf
     if isinstance(leaf, jax.Array):  # tracers are too
         leaf = jax.typeof(leaf)
-    return LeafType(tuple(leaf.shape), leaf.dtype, varying(leaf), explicit(leaf))
+    return LeafType(
+        tuple(leaf.shape), leaf.dtype, varying(leaf), explicit(leaf), other_memory(leaf)
+    )
+
+
+def is_part_of_sum(value: Any) -> bool:
+    """Whether devices hold terms of a sum, or copies that get one: JAX can't batch over such."""
+    sharding = getattr(getattr(value, "aval", value), "sharding", None)
+    spec = getattr(sharding, "spec", None)
+    return bool(getattr(spec, "unreduced", None) or getattr(spec, "reduced", None))
 
 
 def explicit(aval: Any) -> NamedSharding | None:

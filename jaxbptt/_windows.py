@@ -15,23 +15,26 @@ class Windows:
     """Numbers of steps in the structure of a carry or of a prefix of it: static, hashable."""
 
     treedef: jax.tree_util.PyTreeDef
-    steps: tuple[int, ...]
+    steps: tuple[int | None, ...]  # None for a part of the carry that has no leaves
 
     @classmethod
     def of(cls, window: PyTree) -> "Windows":
         """Checks a window and makes it hashable.
 
+        A None inside may stand where the carry has none too: `by_leaf` sees whether it does.
+
         Raises:
-            ValueError: one of its leaves is not a positive int.
+            ValueError: one of its leaves is not a positive int, or it has none.
         """
         leaves, treedef = jax.tree_util.tree_flatten_with_path(window, is_leaf=_is_leaf)
-        if not leaves:
+        if all(steps is None for _, steps in leaves):
             _errors.positive_int("window", window)
         for path, steps in leaves:
             if isinstance(steps, RandomWindow):
                 raise _errors.random_part("window" + jax.tree_util.keystr(path))
-            _errors.positive_int("window" + jax.tree_util.keystr(path), steps)
-        return cls(treedef, tuple(int(steps) for _, steps in leaves))
+            if steps is not None:
+                _errors.positive_int("window" + jax.tree_util.keystr(path), steps)
+        return cls(treedef, tuple(None if steps is None else int(steps) for _, steps in leaves))
 
     def countable(self) -> "Windows":
         """The same, if a tape's counters can count their steps.
@@ -46,7 +49,7 @@ class Windows:
     @property
     def longest(self) -> int:
         """The longest of the windows."""
-        return max(self.steps)
+        return max(steps for steps in self.steps if steps is not None)
 
     def tree(self) -> PyTree:
         """The window as it was given."""
@@ -56,14 +59,21 @@ class Windows:
         """The window of each leaf of a carry.
 
         Raises:
-            ValueError: the window is no prefix of the carry.
+            ValueError: the window is no prefix of the carry, or has None for a part with leaves.
         """
         try:
             parts = self.treedef.flatten_up_to(carry.tree())
         except (TypeError, ValueError) as cause:
             raise _errors.not_a_prefix(self.tree(), carry) from cause
         sizes = [len(jax.tree.leaves(part)) for part in parts]
-        return [w for w, n in zip(self.steps, sizes, strict=True) for _ in range(n)]
+        for i, (steps, size) in enumerate(zip(self.steps, sizes, strict=True)):
+            if steps is None and size:
+                raise _errors.no_window(self._path(i), size)
+        return [w or 0 for w, n in zip(self.steps, sizes, strict=True) for _ in range(n)]
+
+    def _path(self, part: int) -> str:
+        paths = jax.tree_util.tree_flatten_with_path(self.tree(), is_leaf=_is_leaf)[0]
+        return "window" + jax.tree_util.keystr(paths[part][0])
 
 
 def _is_leaf(value: PyTree) -> bool:
@@ -98,6 +108,8 @@ class RandomWindow:
             1 for the last step, whose λ is the cotangent of the final carry.
         """
         _errors.one_key(self.key)
+        if not isinstance(length, int):
+            raise _errors.symbolic_length(length, "with a random window")
         drawn = jax.random.uniform(self.key, (max(length - 1, 0),))
         shift, slope = (1 - 1 / self.alpha) * self.mean, 1 / self.alpha
 

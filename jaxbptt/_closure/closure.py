@@ -20,6 +20,7 @@ import jax
 from jax import numpy as jnp
 from jax.extend import core
 
+from jaxbptt import _errors
 from jaxbptt._arrays import struct_like
 from jaxbptt._closure.pullbacks import Inputs, Linearization, Mask, Pullback
 from jaxbptt._closure.residuals import Residuals
@@ -29,6 +30,8 @@ from jaxbptt._jaxprs.evaluate import (
     Program,
     has_references,
     in_one_piece,
+    leaves_explicit_axes,
+    on_other_axes,
     without_calls,
 )
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type, type_of
@@ -322,6 +325,9 @@ def close(
     weights = len(inputs.closed_over) + len(inputs.params)
     residuals = Residuals.of(forward, n, weights, stored)
     jaxpr = forward.jaxpr
+    recorded = [jaxpr.outvars[i].aval for i in residuals.recorded]
+    if any(map(on_other_axes, recorded)) and leaves_explicit_axes(jaxpr):
+        raise _errors.inside_auto_axes()
     tangents = [struct_like(v.aval) for v in pick(mask, jaxpr.invars)]
     kinds = [v.aval for v in pick(of_outs, jaxpr.outvars[: len(of_outs)])]
     (treedef,) = found

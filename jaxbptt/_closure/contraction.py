@@ -22,7 +22,14 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxbptt._arrays import is_half_precision, select_rows, where_or_zero, widened, zeros
+from jaxbptt._arrays import (
+    at_most,
+    is_half_precision,
+    select_rows,
+    where_or_zero,
+    widened,
+    zeros,
+)
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.cpu_products import bind_product
 from jaxbptt._jaxprs.evaluate import (
@@ -43,7 +50,7 @@ from jaxbptt._types import explicit
 
 Maker = dict[Any, core.JaxprEqn]  # of each variable, the equation that makes it
 
-_WORTH = 1.0  # operands are stacked if at most this many times as large as their product
+_WORTH = 1  # operands are stacked if at most this many times as large as their product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +288,7 @@ def _is_pass(eqn: core.JaxprEqn, constant: set, maker: Maker) -> bool:
         return False
     if name in ("mul", "dot_general", "reduce_sum"):
         # Either operand may move; what shrinks its operand is better summed behind it.
-        return moving[0].aval.size <= out.aval.size
+        return at_most(moving[0].aval.size, out.aval.size)
     if name == "convert_element_type" and moving[0].aval.dtype != out.aval.dtype:
         # Rounding a sum once is not the sum of what was rounded, and adding up in the
         # narrower type loses digits; a product over all lags at once does neither.
@@ -319,7 +326,7 @@ def _worthwhile(products: list[core.JaxprEqn], constant: set) -> tuple[list, lis
         for eqn in products:
             product: Any = eqn.outvars[0]
             size = sum(v.aval.size for v in set(variables(eqn.invars)) if v not in operands)
-            if size <= _WORTH * product.aval.size and not constant.intersection(eqn.invars):
+            if at_most(size, _WORTH * product.aval.size) and not constant.intersection(eqn.invars):
                 chosen[id(eqn)] = eqn
                 operands.update(dict.fromkeys(eqn.invars))
     return [e for e in products if id(e) in chosen], list(operands)

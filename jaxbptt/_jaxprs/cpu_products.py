@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
+from jaxbptt._arrays import at_most
 from jaxbptt._jaxprs.evaluate import bind
 
 _ROWS = range(4, 17)  # with fewer rows it doesn't always gain, with more the plain form is as fast
@@ -54,6 +55,6 @@ def _is_slow(eqn: core.JaxprEqn) -> bool:
         and left.dtype == right.dtype
         and left.dtype in (jnp.float32, jnp.float64)
         and left.shape[0] in _ROWS
-        and right.size >= _WEIGHT
-        and right.shape[0] > left.shape[0]
+        and at_most(_WEIGHT, right.size)
+        and at_most(left.shape[0] + 1, right.shape[0])
     )

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._arrays import struct_like
 from jaxbptt._compat import bind_params
 from jaxbptt._jaxprs.primitives import CALLS
+from jaxbptt._types import explicit
 
 
 class Marker:
@@ -50,8 +52,16 @@ class Program:
         return cls(closed.jaxpr, list(closed.consts))
 
     def __call__(self, *args: Any) -> list:
-        """The outputs, from the values of all inputs."""
-        return core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.consts))(*args)
+        """The outputs, from the values of all inputs: arrays, where JAX has numbers of Python."""
+        outs = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.consts))(*args)
+        return [
+            _as_array(v, atom.aval) if isinstance(atom, core.Literal) else v
+            for atom, v in zip(self.jaxpr.outvars, outs, strict=True)
+        ]
+
+
+def _as_array(number: Any, aval: Any) -> jax.Array:
+    return jnp.asarray(number, aval.dtype)
 
 
 def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -> list[Value]:
@@ -118,12 +128,6 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     return jax.make_jaxpr(jax.jit(whole))(*(struct_like(v.aval) for v in closed.jaxpr.invars))
 
 
-def has_symbolic_shapes(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation takes or gives arrays with dimensions that are not numbers."""
-    sizes = [d for v in (*eqn.invars, *eqn.outvars) for d in getattr(v.aval, "shape", ())]
-    return not all(isinstance(d, int) for d in sizes)
-
-
 def has_references(jaxpr: core.Jaxpr, *, deep: bool = False) -> bool:
     """Whether a program uses mutable references, `deep`: inside of loops and branches too."""
     return any(
@@ -141,6 +145,21 @@ def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
             each = each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
             if isinstance(each, core.Jaxpr):
                 yield each
+
+
+def leaves_explicit_axes(jaxpr: core.Jaxpr) -> bool:
+    """Whether a part of a program sees the Explicit axes of its mesh as Auto (`auto_axes`)."""
+    values = [v.aval for eqn in jaxpr.eqns for v in [*eqn.invars, *eqn.outvars]]
+    if any(map(explicit, values)) and any(map(on_other_axes, values)):
+        return True
+    inner = (inner for eqn in jaxpr.eqns for inner in inner_jaxprs(eqn))
+    return any(map(leaves_explicit_axes, inner))
+
+
+def on_other_axes(aval: Any) -> bool:
+    """Whether an abstract value lies on a mesh of which no axis is Explicit."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and not mesh.empty and not explicit(aval)
 
 
 def is_reference(atom: Any) -> bool:

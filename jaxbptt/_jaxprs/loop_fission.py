@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxbptt._arrays import size_in_bytes
+from jaxbptt._arrays import at_most, size_in_bytes
 from jaxbptt._jaxprs.cpu_products import bind_product
 from jaxbptt._jaxprs.evaluate import Atom, Bind, bind, evaluate, needed, values_of, variables
 from jaxbptt._jaxprs.primitives import MOVABLE
+from jaxbptt._types import is_part_of_sum
 
 Eqns = list[core.JaxprEqn]
 
@@ -167,7 +168,8 @@ def _downstream(sources: Eqns, eqns: Eqns) -> Eqns:
 
 
 def _movable(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name in MOVABLE and not eqn.effects
+    plain = not any(map(is_part_of_sum, [*eqn.invars, *eqn.outvars]))
+    return eqn.primitive.name in MOVABLE and not eqn.effects and plain
 
 
 def _waits(eqn: core.JaxprEqn, constant: set) -> bool:
@@ -181,7 +183,8 @@ def _waits(eqn: core.JaxprEqn, constant: set) -> bool:
     (i,) = varying
     operand: Any = eqn.invars[i]
     shape = operand.aval.shape
-    return math.prod(shape) <= _ROWS * math.prod(shape[axis] for axis in (*contract[i], *batch[i]))
+    matrix = math.prod(shape[axis] for axis in (*contract[i], *batch[i]))
+    return at_most(math.prod(shape), _ROWS * matrix)
 
 
 def _together(
@@ -189,13 +192,17 @@ def _together(
 ) -> list:
     """The values of `wanted` for a block of iterations."""
     stacked = dict(zip(names, stacks, strict=True))
-    read = [v for v in dict.fromkeys(_read(eqns) + variables(wanted)) if v in stacked]
+    # What is a stack already goes as it is: not every type of array can be batched over.
+    there = [isinstance(v, core.Var) and v in stacked for v in wanted]
+    rest = [v for v, t in zip(wanted, there, strict=True) if not t]
+    read = [v for v in dict.fromkeys(_read(eqns)) if v in stacked]
 
     def one(_: Any, values: list) -> list:
-        return _run(bind, eqns, env, read, values, wanted)[0]  # many rows together
+        return _run(bind, eqns, env, read, values, rest)[0]  # many rows together
 
     # Where nothing wanted varies there is still a number of iterations.
-    return jax.vmap(one)(jnp.arange(size), [stacked[v] for v in read]) if wanted else []
+    made = iter(jax.vmap(one)(jnp.arange(size), [stacked[v] for v in read]) if rest else [])
+    return [stacked[v] if t else next(made) for v, t in zip(wanted, there, strict=True)]
 
 
 def _run(

@@ -84,6 +84,8 @@ def block_size(
         copied: bytes that one of several blocks holds of each of its steps once more.
         in_parts: bytes that several blocks take in addition.
     """
+    if not all(isinstance(n, int) for n in (length, a_step, held, spared, copied, in_parts)):
+        return length  # symbolic dimensions: what there is room for is not known
     allowed = int(_SHARE * (held + spared)) + spared
     if a_step * length <= max(allowed, in_parts):
         return length

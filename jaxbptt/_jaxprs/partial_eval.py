@@ -4,7 +4,7 @@ Which values depend on neither carry nor x is found by reading the step's progra
 UNKNOWN on those two, rather than by comparing arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -99,7 +99,20 @@ def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     each = [_kinds(run, drop(operands, operands)) for run in runs]
     kinds = [UNKNOWN if UNKNOWN in kind else None for kind in zip(*each, strict=True)]
     branches = [lambda arrays, run=run: drop(run(arrays), kinds) for run in runs]
-    return merge(lax.switch(index, branches, drop(operands, operands)), kinds)
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        outs = lax.switch(index, branches, drop(operands, operands))
+    else:
+        outs = _on_platform(platforms, branches, drop(operands, operands))
+    return merge(outs, kinds)
+
+
+def _on_platform(platforms: Sequence, branches: list[Callable], arrays: list) -> list:
+    """The branch of the platform: no other can be compiled there, so that a switch won't do."""
+    # Each branch has the names of its platforms, or None for those that no other has.
+    named = {name: b for names, b in zip(platforms, branches, strict=True) for name in names or ()}
+    default = [b for names, b in zip(platforms, branches, strict=True) if names is None]
+    return lax.platform_dependent(arrays, default=default[0] if default else None, **named)
 
 
 def _kinds(run: Callable[..., list[Value]], *arrays: Any) -> list[Value]:

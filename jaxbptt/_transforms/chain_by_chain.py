@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbptt import _errors
 from jaxbptt._arrays import where_or_zero
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.pullbacks import Mask, Pullback
@@ -55,6 +56,9 @@ def pull_chains(chains: "SeparateChains", ct_carry: list) -> ChainSums:
         ct_carry: cotangent of the final carry.
     """
     length, every, kinds = chains.groups.length, chains.groups.every, chains.closure.kinds
+    if not isinstance(length, int) and not chains.groups.whole:
+        why = "where each group of outputs is pulled back by itself (a rule is not linear, or acts)"
+        raise _errors.symbolic_length(length, why)
     sums = chains.zero_sums()
     full, left_over = divmod(length, every)
     if left_over:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbptt._arrays import at_most
+
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
@@ -41,9 +43,9 @@ class Groups:
         steps = max(length, 1)
         window = max(windows)
         parts = tuple(windows) if len(set(windows)) > 1 else ()
-        if together and not parts and window >= length + every - 1:
+        if together and not parts and at_most(length + every - 1, window):
             return cls(length, steps, steps)
-        if every >= steps:
+        if at_most(steps, every):
             return cls(length, min(window, steps), steps, parts)
         return cls(length, window, every, parts)
 
@@ -54,17 +56,18 @@ class Groups:
 
     def chains_of(self, window: int) -> int:
         """The same for leaves of λ with this window."""
-        return max(1, -(-window // self.every))
+        return 1 if window is self.every else max(1, -(-window // self.every))
 
     @property
     def whole(self) -> bool:
         """Whether one chain reaches every step: full backpropagation through time."""
-        return self.window == self.every >= self.length and not self.parts
+        one = self.window == self.every and at_most(self.length, self.every)
+        return one and not self.parts
 
     @property
     def gaps(self) -> bool:
         """Whether there are steps that no chain reaches."""
-        return self.window < self.every
+        return not at_most(self.every, self.window)
 
     def starts(self, step: Any) -> jax.Array:
         """Whether a group before the last one ends at this step: its chain starts at zero."""

@@ -25,8 +25,9 @@ from jaxbptt._arrays import zeros
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
-from jaxbptt._compat import lax_scan
+from jaxbptt._compat import call_with_rule, lax_scan
 from jaxbptt._jaxprs.evaluate import ZERO, Value, bind
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
 from jaxbptt._transforms.cotangents import (
     is_scalar,
     is_symbolic_zero,
@@ -75,6 +76,7 @@ def call_with_pace(
         moved = move_chains(closure, pushed, given, ct_y, asked=(True,), closed_over=True)
         return (moved.tape, y, aux), moved
 
+    axes = axes_in_sight(closure.forward.jaxpr.eqns)
     recorded_step = jax.custom_vjp(lambda *args: run(*args)[0])
 
     def forward(*args: Any) -> tuple[Any, Any]:
@@ -99,12 +101,17 @@ def call_with_pace(
         n = sum(followed.closed_over)
         x = [ct_y.astype(v.dtype) * v for v in x]
         masks = followed.closed_over, followed.params, followed.x
-        return *map(with_none, masks, (weights[:n], weights[n:], x)), None
+        groups = as_mapped(axes, (weights[:n], weights[n:], x))
+        return *map(with_none, masks, groups), None
 
-    recorded_step.defvjp(forward, backward, symbolic_zeros=True)
+    recorded_step.defvjp(
+        lambda *args: run_in_sight(axes, lambda: forward(*args)),
+        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
+        symbolic_zeros=True,
+    )
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
-    return recorded_step(closure.closed_over, *leaves, (tape, apart))
+    return call_with_rule(recorded_step, closure.closed_over, *leaves, (tape, apart))
 
 
 class Given(NamedTuple):

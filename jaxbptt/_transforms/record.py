@@ -13,6 +13,8 @@ from jaxbptt._arrays import as_strong_arrays, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
+from jaxbptt._compat import call_with_rule
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
 from jaxbptt._signatures import name_of
 from jaxbptt._transforms.cotangents import (
     Cotangents,
@@ -307,7 +309,7 @@ def record(
         window: how many steps a cotangent reaches back, the present one included. 1 is the
             ordinary one-step gradient, a window as long as the past full BPTT. Or ints in the
             containers of the carry, or of its outer part: a window for each part, such as
-            `{"fast": 5, "slow": 50}`.
+            `{"fast": 5, "slow": 50}`; None where the carry has None.
         every: after how many steps cotangents start, m. The outputs of m steps, counted
             from the first step, then go back together, `window` steps from the last of
             them. `window == every` is truncation by chunks, 1 the sliding window.
@@ -529,6 +531,7 @@ def _call(
     """
     every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
     static = reach if reach is not None and not reach.traced else None
+    axes = axes_in_sight(closure.forward.jaxpr.eqns)
 
     def run(
         closed_over: list, params: list, x: list, rest: tuple[Tape, Closure, Reach | None]
@@ -537,7 +540,7 @@ def _call(
         bound = dataclasses.replace(closure, closed_over=closed_over)
         carry = jax.tree.leaves(tape.carry)
         made = bound.run(params, carry, x)
-        new_carry, y, aux = made.step
+        new_carry, y, aux = as_mapped(axes, made.step)
         return push(tape, new_carry, [*carry, *x] if replays else made.recorded), y, aux
 
     recorded_step = jax.custom_vjp(run)
@@ -565,13 +568,17 @@ def _call(
         lam = without_symbolic(of_carry, kinds.carry)
         ct = _pull_group(saved, static or saved.reach, lam, of_y)
         groups = followed.closed_over, followed.params, followed.x
-        return *map(with_none, groups, ct), None
+        return *map(with_none, groups, as_mapped(axes, ct)), None
 
-    recorded_step.defvjp(forward, backward, symbolic_zeros=True)
+    recorded_step.defvjp(
+        lambda *args: run_in_sight(axes, lambda: forward(*args)),
+        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
+        symbolic_zeros=True,
+    )
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
     traced = None if static else reach
-    return recorded_step(closure.closed_over, *leaves, (tape, apart, traced))
+    return call_with_rule(recorded_step, closure.closed_over, *leaves, (tape, apart, traced))
 
 
 @jax.tree_util.register_dataclass

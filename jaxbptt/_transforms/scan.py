@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt import _errors
-from jaxbptt._arrays import struct_like
+from jaxbptt._arrays import at_most, struct_like
 from jaxbptt._closure.closure import Closure, close, pick
 from jaxbptt._closure.pullbacks import Inputs, Mask
 from jaxbptt._closure.step import refuse_references
@@ -20,9 +20,10 @@ from jaxbptt._jaxprs.dependence import reached, with_carry
 from jaxbptt._jaxprs.evaluate import (
     bind,
     has_references,
-    has_symbolic_shapes,
     is_reference,
+    leaves_explicit_axes,
 )
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
 from jaxbptt._transforms.cotangents import (
     is_symbolic_zero,
     primal_values,
@@ -215,7 +216,9 @@ class _Cut:
             linear: whether the pullback is known to be linear, so that groups may go back as one.
         """
         most = max(length, 1) + self.every - 1  # there are no more steps to reach
-        steps = [min(w, most) for w in self.windows.steps] if self.windows else [most]
+        steps = [most]
+        if self.windows:
+            steps = [w if w and not at_most(most, w) else most for w in self.windows.steps]
         by_leaf = pick(followed, steps) if self.windows and followed else []
         together = linear or not self.windows
         return Groups.of(length, by_leaf or [max(steps)], self.every, together=together)
@@ -227,30 +230,30 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     Only when it is differentiated is a derivative traced, and then of what is perturbed alone.
     Every array is an argument of the `custom_vjp`: one only closed over gets no gradient.
     """
-    symbolic = has_symbolic_shapes(eqn)
+    body = eqn.params["jaxpr"].jaxpr
     plain = not cut.windows and not cut.drawn and not cut.remat
-    if plain and (symbolic or any(map(is_reference, eqn.invars))):
-        # A derivative of our own neither writes to references nor weighs unknown sizes: JAX's does.
+    if plain and (any(map(is_reference, eqn.invars)) or leaves_explicit_axes(body)):
+        # A derivative of our own can't write to references, nor stack what lies on a mesh that
+        # is not the caller's: JAX's does both.
         return bind(eqn, values)
     refuse_references(eqn.invars)
     length, reverse = eqn.params["length"], eqn.params["reverse"]
     n_consts, n_carry = scan_counts(eqn)
     values = [_strong(v) for v in values]
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
+    axes = axes_in_sight([eqn])
 
     @jax.custom_vjp
     def run(consts: list, init: list, xs: list, factors: jax.Array | None) -> list:
-        return bind(eqn, [*consts, *init, *xs])
+        return as_mapped(axes, bind(eqn, [*consts, *init, *xs]))
 
     def forward(*args: Any) -> tuple[list, Any]:
-        if symbolic:
-            raise _errors.symbolic_shapes()
         perturbed = [v.perturbed for group in args[:3] for v in group]
         consts, init, xs, factors = primal_values(args)
         closure = _closure_of(eqn, perturbed)
         bound = dataclasses.replace(closure, closed_over=consts)
         outs, kept = _run(eqn, bound, init, xs, cut.remat)
-        return outs, (closure, kept, bound.invariant([]), factors)
+        return as_mapped(axes, outs), (closure, kept, bound.invariant([]), factors)
 
     def backward(saved: Any, cts: list) -> tuple[list | None, ...]:
         closure, residuals, invariant, factors = saved
@@ -266,9 +269,13 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         )
         followed = layout.followed.closed_over, layout.followed.carry, layout.followed.x
         of_consts = ct.weights, ct.carry, ct.xs
-        return *map(with_none, followed, of_consts), None
+        return *map(with_none, followed, as_mapped(axes, of_consts)), None
 
-    run.defvjp(forward, backward, symbolic_zeros=True)
+    run.defvjp(
+        lambda *args: run_in_sight(axes, lambda: forward(*args)),
+        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
+        symbolic_zeros=True,
+    )
     factors = None if cut.drawn is None else cut.drawn.factors(length)
     return call_with_rule(run, consts, init, values[n_consts + n_carry :], factors)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from harness import ROOT, draw, worst
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 from jaxpr_reading import inner, primitives
 
@@ -198,65 +197,6 @@ def test_jit_disabled():
         with pytest.raises(jax.errors.TracerBoolConversionError, match="traced array"):
             loss(windowed, 0.5)
         assert jax.grad(functools.partial(run, windowed))(0.5) != 0
-
-
-def test_symbolic_sizes():
-    export = pytest.importorskip("jax.export")
-    (length,) = export.symbolic_shape("length")
-    of_any_length = jax.ShapeDtypeStruct((length,), float)
-
-    def exported(f):
-        return export.export(jax.jit(f))(of_any_length).call(XS)
-
-    for scan in (whole, windowed):
-        np.testing.assert_allclose(exported(lambda xs, s=scan: run(s, 0.5, xs)), run(scan, 0.5))
-    got = exported(lambda xs: jax.grad(lambda w: run(whole, w, xs))(0.5))
-    np.testing.assert_allclose(got, jax.grad(functools.partial(run, lax.scan))(0.5), rtol=1e-12)
-    with pytest.raises(ValueError, match=r"symbolic dimensions .* window=None"):
-        exported(lambda xs: jax.grad(lambda w: run(windowed, w, xs))(0.5))
-
-
-def test_collectives_over_a_vmapped_axis():
-    def centred(scan, w, x):
-        def step(c, x):
-            a = w * c + x
-            return (jnp.tanh(a - lax.pmean(a, "batch")),) * 2
-
-        return jnp.sum(scan(step, 0.1, x)[1] ** 2)
-
-    def outside(scan, w):
-        return jnp.sum(jax.vmap(functools.partial(centred, scan, w), axis_name="batch")(many))
-
-    many = draw(1, 3, 4)
-    with pytest.raises(NameError, match="batch"):
-        jax.grad(functools.partial(outside, whole))(0.5)
-    inside = jax.vmap(jax.grad(functools.partial(centred, whole)), (None, 0), axis_name="batch")
-    want = jax.grad(functools.partial(outside, lax.scan))(0.5)
-    np.testing.assert_allclose(jnp.sum(inside(0.5, many)), want, rtol=1e-12)
-
-
-def test_offloading_to_the_host():
-    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["h"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
-    offloaded = functools.partial(jax.checkpoint, policy=policy)
-
-    def loss(body, w):
-        def step(c, x):
-            c = checkpoint_name(jnp.tanh(w * c + x), "h")
-            return c, jnp.sin(c)
-
-        return jnp.sum(whole(body(step), jnp.zeros(2), draw(1, 6, 2))[1])
-
-    plain = functools.partial(loss, lambda step: step)
-    around = jax.jit(jax.grad(offloaded(plain)))(0.5)
-    np.testing.assert_allclose(around, jax.grad(plain)(0.5), rtol=1e-12)
-    if jax.__version_info__ >= (0, 10):
-        with pytest.raises(ValueError, match="memory_space"):
-            jax.jit(jax.grad(functools.partial(loss, offloaded)))(0.5)
 
 
 # ------------------------------------------------------------------------- arithmetic

@@ -159,6 +159,69 @@ def test_a_tape_that_lies_elsewhere_is_said():
             rec(params, tape, xs[0])
 
 
+@pytest.mark.skipif(not hasattr(P, "reduced"), reason="this version of JAX has no reduced axes")
+@pytest.mark.parametrize("case", ["stored", "current", "replayed", "whole", "sliding", "layers"])
+def test_weights_may_be_reduced_and_their_gradients_unreduced(case):
+    w, c, xs = draw(4, 4), draw(BATCH, 4), draw(5, BATCH, 4)
+    layers = draw(5, 4, 4)
+
+    def run(w, c, xs, layers, spec):
+        def step(w, c, x):
+            c = jnp.tanh(jnp.dot(c, w, out_sharding=spec) + x)
+            return c, c
+
+        if case in ("whole", "sliding"):
+            window = None if case == "whole" else 2
+            ys = jaxbptt.scan(functools.partial(step, w), c, xs, window=window)[1]
+            return jnp.sum(ys**2)
+        if case == "layers":
+            by_layer = lambda c, w: step(w, c, xs[0])  # noqa: E731
+            return jnp.sum(jaxbptt.scan(by_layer, c, layers, window=2)[0] ** 2)
+        rec = jaxbptt.record(step, window=2, weights=case)
+        tape, total = rec.init(w, c, xs[0]), 0.0
+        for t in range(3):
+            tape, y = rec(w, tape, xs[t])
+            total += jnp.sum(y**2)
+        return total
+
+    of = 3 if case == "layers" else 0
+    want = jax.grad(functools.partial(run, spec=None), of)(w, c, xs, layers)
+    with entered(mesh_of("Explicit", data=2)):
+        there = [P(reduced={"data"}), P("data"), P(None, "data"), P(reduced={"data"})]
+        args = [jax.device_put(v, spec) for v, spec in zip((w, c, xs, layers), there, strict=True)]
+        got = jax.jit(jax.grad(functools.partial(run, spec=P("data")), of))(*args)
+        assert jax.typeof(got).sharding.spec.unreduced == {"data"}
+        total = jax.device_get(jax.sharding.reshard(got, P()))
+    oracles.check("reduced weights", total, want, 1e-12)
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has another form")
+def test_auto_axes_inside_a_step():
+    def loss(w, scan):
+        model = jax.sharding.auto_axes(lambda c: jnp.sin(w * c), out_sharding=P())
+        return scan(lambda c, _: (model(c), None), 2.0, None, 3)[0]
+
+    def plain(w):
+        return jnp.sin(w * jnp.sin(w * jnp.sin(w * 2.0)))
+
+    with entered(mesh()):
+        whole = functools.partial(jaxbptt.scan, window=None)
+        got = jax.jit(jax.grad(lambda w: loss(w, whole)))(1.5)
+        said = r"^step must keep to the Explicit axes .* Put auto_axes around"
+        with pytest.raises(ValueError, match=said):
+            jax.jit(jax.grad(lambda w: loss(w, functools.partial(jaxbptt.scan, window=2))))(1.5)
+        model = jax.sharding.auto_axes(lambda w, c: jnp.sin(w * c), out_sharding=P())
+        with pytest.raises(ValueError, match=said):
+            jaxbptt.record(lambda w, c, x: (model(w, c),) * 2, window=2).init(1.5, 2.0, None)
+        around = jax.sharding.auto_axes(
+            lambda w: jaxbptt.scan(lambda c, _: (jnp.sin(w * c), None), 2.0, None, 3, window=5)[0],
+            out_sharding=P(),
+        )
+        outside = jax.jit(jax.grad(around))(1.5)
+    for one in (got, outside):
+        oracles.check("auto_axes", jax.device_get(one), jax.grad(plain)(1.5), 1e-12)
+
+
 def recorded_on_the_mesh():
     """A recorder, and what it gave after a few steps over both axes: params, tape and y."""
     rec = jaxbptt.record(step, window=4)

@@ -398,3 +398,25 @@ def test_a_loss_that_is_none():
         rec.advance(W, tape, XS[0], lambda y: y)
     tape, value, _ = rec.advance(W, tape, XS[0], lambda y: (jnp.sum(y), "aux"))
     assert value[1] == "aux"
+
+
+def test_a_collective_over_a_mapped_axis_with_the_gradient_outside():
+    def centred(p, h, x):
+        a = h @ p["w"] + x @ p["u"]
+        h = jnp.tanh(a - lax.pmean(a, "rows"))
+        return h, jnp.sum(h**2)
+
+    rec = jaxbptt.record(centred, window=4, pace=2)
+
+    def run(p, h, xs):
+        tape, total = rec.init(p, h, xs[0]), 0.0
+        for x in xs[:3]:
+            tape, y = rec(p, tape, x)
+            total += y
+        return total
+
+    rows = jnp.stack([H, 2 * H]), jnp.stack([XS, -XS])
+    mapped = functools.partial(jax.vmap, in_axes=(None, 0, 0), axis_name="rows")
+    outside = jax.jit(jax.grad(lambda p: jnp.sum(mapped(run)(p, *rows))))(W)
+    inside = jax.jit(lambda p: mapped(jax.grad(run))(p, *rows))(W)
+    assert worst(outside, jax.tree.map(lambda v: jnp.sum(v, 0), inside)) <= 1e-12

@@ -208,12 +208,70 @@ def test_a_window_that_does_not_fit_the_carry(window):
         jaxbptt.scan(lambda c, x: step(PARAMS, c, x), CARRY, XS, window=window)
 
 
-@pytest.mark.parametrize("bad", [0, -3, 2.0, True, None])
+@pytest.mark.parametrize("bad", [0, -3, 2.0, True])
 def test_each_window_is_a_positive_int(bad):
     with pytest.raises(ValueError, match=r"^window\['slow'\] must be an int of at least 1"):
         jaxbptt.record(step, window={"fast": 2, "slow": bad})
     with pytest.raises(ValueError, match=r"^window\['slow'\] must be an int of at least 1"):
         jaxbptt.scan(lambda c, x: (c, x), CARRY, XS, window={"fast": 2, "slow": bad})
+
+
+def with_nothing_beside(carry, x):
+    """A step whose carry has parts without leaves."""
+    a = jnp.sin(carry["a"] + 0.3 * carry["more"]["b"]) * x
+    return {"a": a, "extra": None, "more": {"b": 0.5 * carry["more"]["b"] + a, "none": ()}}, a
+
+
+NOTHING_BESIDE = {"a": jnp.float64(0.4), "extra": None, "more": {"b": jnp.float64(0.2), "none": ()}}
+
+
+@pytest.mark.parametrize("made", ["by tree.map", "by hand"])
+def test_a_window_may_be_none_where_the_carry_is(made):
+    of_leaves = {"a": 2, "extra": None, "more": {"b": 3, "none": ()}}
+    if made == "by hand":
+        of_leaves["more"]["none"] = None  # no leaves either
+    xs = jnp.linspace(0.5, 1.5, 5)
+
+    def summed(xs, t):
+        """y of step t, by the chain rule written out: a is cut behind 2 steps, b behind 3."""
+        a, b, y = NOTHING_BESIDE["a"], NOTHING_BESIDE["more"]["b"], 0.0
+        for s in range(t + 1):
+            a = a if s > t - 1 else lax.stop_gradient(a)
+            b = b if s > t - 2 else lax.stop_gradient(b)
+            x = xs[s] if s > t - 3 else lax.stop_gradient(xs[s])
+            a = y = jnp.sin(a + 0.3 * b) * x
+            b = 0.5 * b + a
+        return y
+
+    want = sum(jax.grad(summed)(xs, t) for t in range(5))
+    loss = lambda xs: jnp.sum(  # noqa: E731
+        jaxbptt.scan(with_nothing_beside, NOTHING_BESIDE, xs, window=of_leaves)[1]
+    )
+    np.testing.assert_allclose(jax.grad(loss)(xs), want, rtol=1e-12)
+
+    rec = jaxbptt.record(lambda _, c, x: with_nothing_beside(c, x), window=of_leaves)
+    tape = rec.init(None, NOTHING_BESIDE, xs[0])
+    total = jnp.zeros(5)
+    for t in range(5):
+        tape, _ = rec(None, tape, xs[t])
+        rows = rec.pullback(None, tape, jnp.ones(1)).xs  # those behind the present, oldest first
+        first = max(t - 2, 0)
+        total = total.at[first : t + 1].add(rows[len(rows) - (t + 1 - first) :])
+    np.testing.assert_allclose(total, want, rtol=1e-12)
+
+
+def test_none_is_no_window_of_a_part_that_exists():
+    window = {"fast": 2, "slow": None}
+    said = r"^window\['slow'\] must be an int of at least 1 .* but got None for a part .* 2 leaves"
+    with pytest.raises(ValueError, match=said):
+        jaxbptt.record(step, window=window).init(PARAMS, CARRY, XS[0])
+    with pytest.raises(ValueError, match=said):
+        jaxbptt.scan(lambda c, x: step(PARAMS, c, x), CARRY, XS, window=window)
+    for nothing in (None, {"fast": None, "slow": None}):
+        with pytest.raises(ValueError, match=r"^window must be an int of at least 1"):
+            jaxbptt.record(step, window=nothing)
+    with pytest.raises(ValueError, match=r"^window must be an int of at least 1"):
+        jaxbptt.scan(lambda c, x: step(PARAMS, c, x), CARRY, XS, window={"fast": None})
 
 
 def test_a_part_of_all_steps_may_have_any_window():
