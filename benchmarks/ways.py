@@ -72,6 +72,19 @@ def recorded_every(problem, window, every):
     return block(update, problem.xs), (problem.params, tape)
 
 
+def paced(problem, window, pace):
+    """jaxbptt, every cotangent in flight taken `pace` lags further at each step."""
+    rec = jaxbptt.record(problem.step, window=window, weights="current", pace=pace)
+
+    def update(state, x):
+        params, tape = state
+        tape, loss, grads = rec.advance(params, tape, x, lambda y: problem.loss(y, x))
+        return (sgd(params, grads), tape), loss
+
+    tape = rec.init(problem.params, problem.carry, first(problem.xs))
+    return block(update, problem.xs), (problem.params, tape)
+
+
 def unused(problem, window):
     """jaxbptt, recording, and no gradient."""
     rec = jaxbptt.record(problem.step, window=window, weights="current")

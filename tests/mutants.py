@@ -550,7 +550,7 @@ FAULTS = [Fault(*row) for row in [
     ("the newest step's pullback acts twice", "_transforms/window_vjp", "side_effects",
      'pullback.outputs.x, effects=False)', 'pullback.outputs.x)'),
     ("a program with references is taken apart", "_closure/closure", "side_effects",
-     'traced = in_one_piece(traced) if references else', 'traced = traced if references else'),
+     'return in_one_piece(traced)', 'return traced'),
     ("what a reference holds counts as known", "_jaxprs/partial_eval", "side_effects",
      "    if acts(eqn):\n", "    if False:\n"),
     ("a collective counts as a side effect", "_jaxprs/evaluate", "side_effects devices",

@@ -306,46 +306,23 @@ def close(
         references: whether the step writes to references.
     """
     leaves, mask = ([leaf for group in groups for leaf in group] for groups in (inputs, followed))
-    of_outs, n = followed.carry + followed_y, len(outputs.leaves)
-    differentiate: Any = jax.vjp if references else jax.linearize
-    found: list[jax.tree_util.PyTreeDef] = []
-
-    def with_residuals(*leaves: Any) -> list:
-        def primal(*given: Any) -> tuple[list, list]:
-            outs = run(combine(mask, given, pick(mask, leaves, False)))
-            return pick(of_outs, outs[: len(of_outs)]), outs
-
-        _, linear, outs = differentiate(primal, *pick(mask, leaves), has_aux=True)
-        residuals, treedef = jax.tree.flatten(linear)
-        found.append(treedef)
-        return [*outs, *residuals]
-
-    with_calls = jax.make_jaxpr(with_residuals)(*leaves)
-    forward = without_calls(with_calls, leaves)
+    of_outs = followed.carry + followed_y
+    found = _differentiated(run, leaves, mask, of_outs, references)
     weights = len(inputs.closed_over) + len(inputs.params)
-    residuals = Residuals.of(forward, n, weights, stored)
-    jaxpr = forward.jaxpr
+    residuals = Residuals.of(found.forward, len(outputs.leaves), weights, stored)
+    jaxpr = found.forward.jaxpr
     recorded = [jaxpr.outvars[i].aval for i in residuals.recorded]
     if any(map(on_other_axes, recorded)) and leaves_explicit_axes(jaxpr):
         raise _errors.inside_auto_axes()
-    tangents = [struct_like(v.aval) for v in pick(mask, jaxpr.invars)]
     kinds = [v.aval for v in pick(of_outs, jaxpr.outvars[: len(of_outs)])]
-    (treedef,) = found
-
-    def linear(values: list, last: list) -> list:
-        map_ = treedef.unflatten(residuals.every(values))
-        return list(map_(last) if references else map_(*last))
-
-    last = [struct_like(kind) for kind in kinds] if references else tangents
-    traced = jax.make_jaxpr(linear)(residuals.structs, last)
-    structs = [*residuals.structs, *last]
-    traced = in_one_piece(traced) if references else without_calls(traced, structs)
+    last = kinds if references else [v.aval for v in pick(mask, jaxpr.invars)]
+    linear = _linear_map(found.treedef, residuals, last, references)
     of_lambda = pick(followed.carry, windows) if any(followed.carry) else []
     return Closure(
         closed_over=list(inputs.closed_over),
-        forward=Program.of(forward),
+        forward=Program.of(found.forward),
         derive=Program.of(residuals.derive),
-        constants=list(traced.consts),
+        constants=list(linear.consts),
         layout=Layout(
             outputs=outputs,
             followed=followed,
@@ -355,10 +332,69 @@ def close(
             recorded=residuals.recorded,
             invariant=residuals.invariant,
             remade_bytes=residuals.remade_bytes,
-            linearization=Linearization(traced.jaxpr, references, len(residuals.structs), kinds),
-            with_calls=with_calls.jaxpr,
+            linearization=Linearization(linear.jaxpr, references, len(residuals.structs), kinds),
+            with_calls=found.with_calls,
         ),
     )
+
+
+class _Differentiated(NamedTuple):
+    """A step with its residuals, and the structure of what its derivative was."""
+
+    with_calls: core.Jaxpr
+    forward: core.ClosedJaxpr  # without calls: outputs of the step, then residuals
+    treedef: jax.tree_util.PyTreeDef
+
+
+def _differentiated(
+    run: Callable[[list], list],
+    leaves: list,
+    mask: Sequence[bool],
+    of_outs: Mask,
+    references: bool,
+) -> _Differentiated:
+    """Traces a step together with its derivative by the leaves in the mask."""
+    # Of a step that writes to references JAX gives a pullback as a whole, and no linear map.
+    differentiate: Any = jax.vjp if references else jax.linearize
+    found: list[jax.tree_util.PyTreeDef] = []
+
+    def with_residuals(*leaves: Any) -> list:
+        def primal(*given: Any) -> tuple[list, list]:
+            outs = run(combine(mask, given, pick(mask, leaves, False)))
+            return pick(of_outs, outs[: len(of_outs)]), outs
+
+        _, linear, outs = differentiate(primal, *pick(mask, leaves), has_aux=True)
+        # What JAX returns is a function; only its leaves can be carried through a loop.
+        residuals, treedef = jax.tree.flatten(linear)
+        found.append(treedef)
+        return [*outs, *residuals]
+
+    with_calls = jax.make_jaxpr(with_residuals)(*leaves)
+    (treedef,) = found
+    return _Differentiated(with_calls.jaxpr, without_calls(with_calls, leaves), treedef)
+
+
+def _linear_map(
+    treedef: jax.tree_util.PyTreeDef, residuals: Residuals, last: list, references: bool
+) -> core.ClosedJaxpr:
+    """What the step's derivative was, as a program from residuals and what goes through it.
+
+    Args:
+        treedef: its structure.
+        residuals: what its leaves are.
+        last: abstract values of the tangents, or of the cotangents where it is a pullback.
+        references: whether it is one.
+    """
+
+    def run(values: list, last: list) -> list:
+        linear = treedef.unflatten(residuals.every(values))
+        return list(linear(last) if references else linear(*last))
+
+    structs = residuals.structs, list(map(struct_like, last))
+    traced = jax.make_jaxpr(run)(*structs)
+    if references:
+        return in_one_piece(traced)
+    return without_calls(traced, [*structs[0], *structs[1]])
 
 
 def pick(mask: Sequence[bool], leaves: Sequence, which: bool = True) -> list:
