@@ -1,6 +1,6 @@
 """How many kernels an update launches on an H100 that need not be there, from the compiled program.
 
-    python benchmarks/kernels.py [--windows 20 200]     # needs jax-cuda12-plugin, -pjrt
+    python benchmarks/kernels.py [--windows 20 200]   # needs jax-cuda12-plugin, -pjrt
 
 Every instruction of the compiled loop's body that is more than a name for something (a fusion, a
 library call, a copy) is a kernel, and counts as often as the loops around it run within one
@@ -60,10 +60,11 @@ def _run_by(line: str) -> list[str]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", nargs="*", type=int, default=[20, 200])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 32])
     args = parser.parse_args()
     where = SingleDeviceSharding(device("h100"))
     print("| B | window | current | pace 1 | pace 4 |\n|---|---|---|---|---|")
-    for batch in (1, 32):
+    for batch in args.batches:
         for window in args.windows:
             model = problem(Shape("LSTM", batch, 128, 256, window), STEPS)
             programs = [ways.recorded(model, window, "current")]

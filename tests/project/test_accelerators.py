@@ -87,3 +87,27 @@ def test_an_update_moves_at_most_half_of_the_bytes_of_running_the_window_again(
     if mine is None:
         pytest.skip("only the TPU's compiler says how many bytes a program moves")
     assert 0 < 2 * mine <= other
+
+
+def test_with_a_pace_of_1_an_update_launches_as_many_kernels_whatever_the_window():
+    if importlib.util.find_spec(COMPILERS["h100"][0]) is None:
+        pytest.skip("there is no compiler for an H100: pip install jax-cuda12-plugin")
+    command = [sys.executable, "kernels.py", "--windows", "10", "60", "--batches", "1"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT / "benchmarks",
+        env=environment(
+            PYTHONPATH=str(ROOT),
+            XLA_FLAGS="",
+            JAX_DISABLE_MOST_OPTIMIZATIONS=None,
+            JAX_ENABLE_COMPILATION_CACHE="false",
+        ),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [list(map(int, line.strip("| ").split(" | "))) for line in done.stdout.splitlines()[2:]]
+    (_, _, plain, paced, _), (_, _, longer, paced_longer, _) = rows
+    assert paced_longer <= paced + 4 < plain
+    assert longer > 3 * plain
