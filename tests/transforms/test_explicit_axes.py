@@ -175,7 +175,10 @@ def test_weights_may_be_reduced_and_their_gradients_unreduced(case):
             ys = jaxbptt.scan(functools.partial(step, w), c, xs, window=window)[1]
             return jnp.sum(ys**2)
         if case == "layers":
-            by_layer = lambda c, w: step(w, c, xs[0])  # noqa: E731
+
+            def by_layer(c, w):  # whose second product needs no state, and could go before the loop
+                return step(w, c, jnp.dot(xs[0], w, out_sharding=spec))
+
             return jnp.sum(jaxbptt.scan(by_layer, c, layers, window=2)[0] ** 2)
         rec = jaxbptt.record(step, window=2, weights=case)
         tape, total = rec.init(w, c, xs[0]), 0.0
