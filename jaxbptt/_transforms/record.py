@@ -180,8 +180,8 @@ class Recorder:
                 a pair `(scalar, aux)`; traced and differentiated by y within the call.
 
         Returns:
-            `(tape, value, grads)`: the new tape, what `loss` returned, and the gradient of this
-            call by params: of the losses of the last ceil(window / pace) calls, each at the lags
+            `(tape, value, grads)`, the new tape, what `loss` returned, and the gradient of this
+            call by params, of the losses of the last ceil(window / pace) calls, each at the lags
             that its cotangent goes back now. Leaves that no gradient can flow through are
             float0.
 
@@ -345,7 +345,7 @@ def record(
         Sutskever, "Training Recurrent Neural Networks", PhD thesis, Toronto, 2013 (k1, k2).
         Harlap et al., "PipeDream", 2018 (weight stashing: "stored").
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxbptt
         >>> step = lambda w, c, x: (w * c + x, w * c + x)
         >>> rec = jaxbptt.record(step, window=3)
