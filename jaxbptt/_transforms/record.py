@@ -302,8 +302,8 @@ def record(
     on, so that parameters still get what reaches them through other leaves.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, one time step: the body of a `lax.scan`
-            with its parameters in front. Anything that `jax.vjp` takes.
+        step: `step(params, carry, x) -> (carry, y)`, one time step: a `lax.scan` body that takes
+            the parameters as an extra first argument. Anything that `jax.vjp` takes.
         window: how many steps a cotangent reaches back, the present one included. 1 is the
             ordinary one-step gradient, a window as long as the past full BPTT. Or ints in the
             containers of the carry, or of its outer part: a window for each part, such as
