@@ -14,7 +14,7 @@ PyTree: TypeAlias = Any
 
 
 class StepFn(Protocol):
-    """One time step: the body of a `lax.scan` with its parameters in front."""
+    """One time step: a `lax.scan` body that takes the parameters as an extra first argument."""
 
     def __call__(self, params: PyTree, carry: PyTree, x: PyTree, /) -> tuple[PyTree, PyTree]:
         """Returns the next carry, of the type of `carry`, and the output y."""

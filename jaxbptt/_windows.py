@@ -104,7 +104,7 @@ class RandomWindow:
             length: how many steps run.
 
         Returns:
-            Floats (length,): 0 where λ is cut between a step and the next one, else 1 / (1 - c);
+            Floats (length,), 0 where λ is cut between a step and the next one, else 1 / (1 - c);
             1 for the last step, whose λ is the cotangent of the final carry.
         """
         _errors.one_key(self.key)
@@ -155,7 +155,7 @@ def random_window(key: jax.Array, mean: float, alpha: float = 6.0) -> RandomWind
     References:
         Tallec & Ollivier, "Unbiasing Truncated Backpropagation Through Time", 2017 (ARTBP).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxbptt
         >>> def gradient(key):
         ...     window = jaxbptt.random_window(key, mean=3)
@@ -207,7 +207,7 @@ def random_reach(key: jax.Array, mean: float) -> RandomReach:
         Beatson & Adams, "Efficient Optimization of Loops and Limits with Randomized Telescoping
         Sums", ICML 2019 (the estimator); Tallec & Ollivier, 2017 (of the kind, for chunks).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxbptt
         >>> rec = jaxbptt.record(lambda w, c, x: (w * c + x, w * c + x), window=4)
         >>> tape = rec.init(0.5, 0.0, 0.0)

@@ -213,7 +213,7 @@ def checkpoints(directory: Any, recorder: Any, *, keep: int | None = 3) -> Check
         A checkpoint is complete or not there, whenever the process is killed. One process at a
         time may write to a directory; others may read.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxbptt, tempfile
         >>> rec = jaxbptt.record(lambda w, c, x: (w * c + x, w * c + x), window=3)
         >>> params, tape = jnp.ones(()) / 2, rec.init(0.5, 0.0, 0.0)

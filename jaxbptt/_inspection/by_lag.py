@@ -67,7 +67,7 @@ def gradient_by_lag(
         full: whether to return the terms themselves: `window` copies of the parameters.
 
     Returns:
-        `ByLag(params, carry, partial)`. For leaves that no gradient can flow through: norms
+        `ByLag(params, carry, partial)`. For leaves that no gradient can flow through, norms
         are zeros (window,) of float32, terms are float0 arrays (window, *leaf.shape).
 
     Raises:
@@ -81,7 +81,7 @@ def gradient_by_lag(
         Aicher, Foti & Fox, "Adaptively Truncating Backpropagation Through Time to Control
         Gradient Bias", UAI 2019: the decay of ‖λ‖ with the lag bounds the bias.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxbptt
         >>> rec = jaxbptt.record(lambda w, c, x: (w * c + x, w * c + x), window=3)
         >>> tape = rec.init(0.5, 0.0, 0.0)

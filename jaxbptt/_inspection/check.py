@@ -61,7 +61,7 @@ def check_step(
             step computes in by default.
 
     Returns:
-        A `Report`: `ok`, `findings`, readable when printed, `raise_if_bad()` for tests.
+        A `Report` with `ok` and `findings`, readable when printed, with `raise_if_bad()` for tests.
 
     Raises:
         ValueError: `window` is not a positive int, a leaf of `xs` has no axis over time
@@ -76,7 +76,7 @@ def check_step(
     References:
         Griewank & Walther, "Evaluating Derivatives", SIAM, 2008: differences, their errors.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxbptt
         >>> step = lambda w, c, x: (jnp.tanh(w * c + x), jnp.round(w) * c)
         >>> jaxbptt.check_step(step, 0.5, 0.0, jnp.ones(4), window=2).ok

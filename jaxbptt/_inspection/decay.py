@@ -108,7 +108,7 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
             geometric from there; M is the largest ratio of the two on the tape.
 
     Returns:
-        `Decay(rate, carry, share, bias)`: also `window_for(share)` and `window_within(delta)`.
+        `Decay(rate, carry, share, bias)`, with `window_for(share)` and `window_within(delta)`.
         NaN where fewer than two norms above zero are left to fit.
 
     Raises:
@@ -122,7 +122,7 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
         Aicher, Foti & Fox, "Adaptively Truncating Backpropagation Through Time to Control
         Gradient Bias", UAI 2019. Their K is a window of K+1 here.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxbptt
         >>> norms = 0.5 ** jnp.arange(8.0)
         >>> lags = jaxbptt.ByLag(params=norms, carry=norms / 2, partial=jnp.cumsum(norms))

@@ -66,8 +66,8 @@ def plot_by_lag(
         ImportError: matplotlib is missing.
         ValueError: `lags` are no norms, or another argument is not as above.
 
-    Example:
-        After `pip install 'jaxbptt[plot]'`::
+    Examples:
+        After `pip install 'jaxbptt[plot]'`:
 
             ax = jaxbptt.plot_by_lag(lags)
             ax.figure.savefig("by_lag.png")

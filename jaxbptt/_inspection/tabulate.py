@@ -123,7 +123,7 @@ def tabulate(
     Cost:
         Seven traces of the step. Nothing runs and nothing is allocated.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxbptt
         >>> def step(params, carry, x):
         ...     h = jnp.tanh(params["w"] @ carry["h"] + x)

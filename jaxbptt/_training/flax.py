@@ -58,7 +58,7 @@ def from_linen(
         **kwargs: for `module.apply`: `method`, or arguments of the module, `train=True`.
 
     Returns:
-        A named tuple `(step, params, state)`: params is `variables["params"]`, and the step's
+        A named tuple `(step, params, state)`. Its params are `variables["params"]`, and the step's
         carry is a pair `(carry, state)` whose state is a `LinenState(collections, rngs)`.
         Gradients flow through the collections as through any carry; `window=(20, 1)` lets
         them flow one step through these.
@@ -72,7 +72,7 @@ def from_linen(
     Cost:
         That of the module, and one split of each key.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxbptt
         >>> class Cell(nn.Module):
         ...     @nn.compact
@@ -140,7 +140,7 @@ def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> ModuleStep:
         **kwargs: arguments of the module, `train=True`.
 
     Returns:
-        A named tuple `(step, params, state)`: params and state are `nnx.State`s, state of all
+        A named tuple `(step, params, state)` whose params and state are `nnx.State`s, state of all
         variables that are not params, and the step's carry is a pair `(carry, state)`. After
         a run `nnx.update(module, params, state)` puts both back into the module.
 
@@ -152,7 +152,7 @@ def from_nnx(module: Any, *, wrt: Any = None, **kwargs: Any) -> ModuleStep:
     Cost:
         That of the module.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxbptt
         >>> from flax import nnx
         >>> class Cell(nnx.GRUCell):

@@ -625,7 +625,7 @@ def learner(
             another carry.)
 
     Returns:
-        A `Learner`: hashable, and equal to one made of the same arguments.
+        A `Learner`, hashable, and equal to one made of the same arguments.
 
     Raises:
         ValueError: `step` or `loss` is not a function, or `loss` takes other arguments,
@@ -640,7 +640,7 @@ def learner(
         of the parameters in params (`optax.lookahead`), don't work here. `vmap` a whole run,
         `init` included, and not single updates: the ends of groups then stay branches.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, jaxbptt
         >>> step = lambda w, c, x: (w * c + x, w * c + x)
         >>> loss = lambda y, x: (y - 2.0) ** 2

@@ -182,8 +182,8 @@ class Recorder:
                 a pair `(scalar, aux)`; traced and differentiated by y within the call.
 
         Returns:
-            `(tape, value, grads)`: the new tape, what `loss` returned, and the gradient of this
-            call by params: of the losses of the last ceil(window / pace) calls, each at the lags
+            `(tape, value, grads)`, the new tape, what `loss` returned, and the gradient of this
+            call by params, of the losses of the last ceil(window / pace) calls, each at the lags
             that its cotangent goes back now. Leaves that no gradient can flow through are
             float0.
 
@@ -304,8 +304,8 @@ def record(
     on, so that parameters still get what reaches them through other leaves.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, one time step: the body of a `lax.scan`
-            with its parameters in front. Anything that `jax.vjp` takes.
+        step: `step(params, carry, x) -> (carry, y)`, one time step: a `lax.scan` body that takes
+            the parameters as an extra first argument. Anything that `jax.vjp` takes.
         window: how many steps a cotangent reaches back, the present one included. 1 is the
             ordinary one-step gradient, a window as long as the past full BPTT. Or ints in the
             containers of the carry, or of its outer part: a window for each part, such as
@@ -347,7 +347,7 @@ def record(
         Sutskever, "Training Recurrent Neural Networks", PhD thesis, Toronto, 2013 (k1, k2).
         Harlap et al., "PipeDream", 2018 (weight stashing: "stored").
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxbptt
         >>> step = lambda w, c, x: (w * c + x, w * c + x)
         >>> rec = jaxbptt.record(step, window=3)

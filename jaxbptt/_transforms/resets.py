@@ -63,7 +63,7 @@ def with_resets(step: StepFn, initial_carry: PyTree | Callable[..., PyTree]) -> 
     References:
         Hennigan et al., "Haiku: Sonnet for JAX", 2020: `hk.ResetCore`, the usual name.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxbptt
         >>> def step(params, c, x):
         ...     return params["w"] * c + x, params["w"] * c + x

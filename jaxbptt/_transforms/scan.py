@@ -128,7 +128,7 @@ def scan(
         Williams & Peng, "An Efficient Gradient-Based Algorithm for On-Line Training of
         Recurrent Network Trajectories", Neural Computation 2(4), 1990: BPTT(h; h′).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxbptt
         >>> def loss(w):
         ...     step = lambda c, x: (w * c + x, None)

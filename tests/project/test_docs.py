@@ -1,15 +1,21 @@
 """The documentation holds: its code runs, and its picture says what is so."""
 
+import ast
 import importlib
+import inspect
 import re
 import sys
+import textwrap
 
 import jax
 import pytest
 from harness import ROOT, not_there, run_python
 
+import jaxbptt
+
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+API = sorted(DOCS.glob("api/*.md"))
 EXTRAS = {"flax": "flax", "optax": "optax", "orbax": "orbax.checkpoint", "matplotlib": "matplotlib"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -34,6 +40,90 @@ def test_the_code_of_a_page_runs_in_order_as_a_reader_would_run_it(page, tmp_pat
 @each_page
 def test_the_code_of_a_page_takes_what_there_is(page):
     assert not not_there("\n".join(blocks_of(page)))
+
+
+# ------------------------------------------------------------------ the API's pages
+
+ENTRIES = re.findall(
+    r"^::: jaxbptt\.(\S+)$", "".join(p.read_text("utf-8") for p in API), re.MULTILINE
+)
+
+
+def public_objects():
+    """What jaxbptt exports, and the methods of its classes."""
+    for name in jaxbptt.__all__:
+        exported = getattr(jaxbptt, name)
+        yield name, exported
+        if inspect.isclass(exported):
+            own = vars(exported).items()
+            yield from (
+                (f"{name}.{attribute}", value)
+                for attribute, value in own
+                if inspect.isfunction(value)
+                and (not attribute.startswith("_") or attribute == "__call__")
+            )
+
+
+def annotated(thing):
+    """The names in the annotations of a function, or of the attributes that a class tells of."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(thing))).body[0]
+    if isinstance(definition, ast.ClassDef):
+        fields = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
+        said = re.findall(r"^ +(\w+): ", inspect.getdoc(thing) or "", re.MULTILINE)
+        hints = [node.annotation for node in fields if ast.unparse(node.target) in said]
+    else:
+        args = definition.args
+        every = [*args.posonlyargs, *args.args, *args.kwonlyargs]
+        hints = [definition.returns, *(arg.annotation for arg in every)]
+    nodes = [node for hint in hints if hint is not None for node in ast.walk(hint)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return names | {node.value for node in nodes if isinstance(node, ast.Constant)}
+
+
+def test_every_public_name_has_one_entry_on_the_api_pages():
+    assert len(ENTRIES) == len(set(ENTRIES))
+    assert set(jaxbptt.__all__) <= set(ENTRIES)
+    linked = re.findall(r"`(\w+)`", (DOCS / "api" / "index.md").read_text("utf-8"))
+    functions = [n for n in jaxbptt.__all__ if inspect.isfunction(getattr(jaxbptt, n))]
+    assert set(functions) <= set(linked)
+
+
+def test_every_type_that_a_public_name_takes_or_gives_has_an_entry():
+    last = {entry.rpartition(".")[2] for entry in ENTRIES}
+    for name, thing in public_objects():
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            defined = vars(sys.modules[thing.__module__])
+            types = {word for word in annotated(thing) if word in defined and word[:1] != "_"}
+            ours = {
+                word
+                for word in types
+                if word == "PyTree"
+                or str(getattr(defined[word], "__module__", "")).startswith("jaxbptt.")
+            }
+            assert ours <= last, name
+
+
+def test_a_docstring_is_laid_out_as_the_site_reads_it():
+    for name, thing in public_objects():
+        if not (inspect.isfunction(thing) or inspect.isclass(thing)):
+            continue
+        text = inspect.getdoc(thing) or ""
+        assert "Example:" not in text, f"{name}: a section is called Examples"
+        # What stands before a colon there is shown as a type.
+        first = re.search(r"^Returns:\n(.*)$", text, re.MULTILINE)
+        assert first is None or not re.search(r":(\s|$)", first[1]), name
+
+
+def test_the_site_says_which_version_it_is_of():
+    site = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert f"copyright: jaxbptt {jaxbptt.__version__}," in site
+
+
+def test_every_page_is_in_the_contents_of_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:\n")[1]
+    assert sorted(re.findall(r"[\w/]+\.md", nav)) == sorted(
+        str(page.relative_to(DOCS)) for page in (*PAGES, *API)
+    )
 
 
 @pytest.fixture

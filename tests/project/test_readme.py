@@ -1,6 +1,9 @@
 """The README holds: its code runs, and its commands are those that CI runs."""
 
+import ast
+import inspect
 import re
+import tomllib
 
 import pytest
 from harness import ROOT, run_python
@@ -42,16 +45,79 @@ def test_ci_takes_the_test_command_from_the_readme():
     assert found[0] == TEST
 
 
+def file_of(link):
+    """The file of this repository that an absolute link shows, None if it is of another."""
+    for pattern in (
+        r"https://github\.com/jaxbptt/jaxbptt/blob/main/(.+)",
+        r"https://raw\.githubusercontent\.com/jaxbptt/jaxbptt/main/(.+)",
+    ):
+        if found := re.fullmatch(pattern, link):
+            return ROOT / found[1]
+    if found := re.fullmatch(r"https://jaxbptt\.github\.io/jaxbptt/(.+)/", link):
+        page = ROOT / "docs" / found[1]
+        return page / "index.md" if page.is_dir() else page.with_suffix(".md")
+    return None
+
+
+def test_every_link_is_absolute_since_the_readme_is_shown_elsewhere_too():
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+
+
 def test_the_files_that_the_readme_names_exist():
-    named = set(re.findall(r"`([\w/]+\.(?:ipynb|md))`|\]\((?!http)([^)#]+)\)", TEXT))
-    assert len(named) > 10
-    assert all((ROOT / (code or link)).exists() for code, link in named)
+    named = [file for link in re.findall(r"\]\(([^)]+)\)", TEXT) if (file := file_of(link))]
+    assert len(named) > 20
+    assert not [file for file in named if not file.exists()]
+    ours = [link for link in re.findall(r"https://[^)}\s]*", TEXT) if "jaxbptt" in link]
+    assert [link for link in ours if not file_of(link)] == ["https://github.com/jaxbptt/jaxbptt"]
+
+
+def test_the_addresses_of_the_project_are_the_same_everywhere():
+    home, site = "https://github.com/jaxbptt/jaxbptt", "https://jaxbptt.github.io/jaxbptt/"
+    contents = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert f"repo_url: {home}\n" in contents
+    assert f"site_url: {site}\n" in contents
+    assert f'repository-code: "{home}"' in (ROOT / "CITATION.cff").read_text("utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["urls"] == {
+        "Homepage": home,
+        "Documentation": site,
+        "Repository": home,
+        "Changelog": f"{home}/blob/main/CHANGELOG.md",
+        "Issues": f"{home}/issues",
+    }
+
+
+def test_the_readme_is_short():
+    prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)
+    assert len(prose.split()) < 900
+
+
+def test_the_readme_names_the_extras_and_the_defaults_that_there_are():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    (line,) = re.findall(r"^- \*\*Extras\*\*: (.*)$", TEXT, re.MULTILINE)
+    extras = project["optional-dependencies"].keys()
+    assert set(re.findall(r"`(\w+)`", line)) == extras - {
+        "notebooks",
+        "docs",
+        "bench",
+        "test",
+        "dev",
+    }
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", TEXT, re.MULTILINE)
+    of_all = [jaxbptt.record, jaxbptt.learner, jaxbptt.scan]
+    for name, default in rows:
+        taken = [inspect.signature(f).parameters.get(name) for f in of_all]
+        assert {p.default for p in taken if p} == {ast.literal_eval(default)}
+    assert {name for name, _ in rows} == {"every", "weights", "pace", "remat"}
 
 
 def test_every_notebook_is_named_in_the_readme_and_on_its_page():
     page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
     for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"(notebooks/{path.name})" in TEXT
+        assert f"/blob/main/notebooks/{path.name})" in TEXT
         assert f"| `{path.stem}` |" in page
 
 
@@ -75,3 +141,4 @@ def test_the_badges_say_what_the_project_says():
 def test_the_citation_is_of_this_version():
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
     assert cited[1] == jaxbptt.__version__
+    assert f"version = {{{cited[1]}}}" in TEXT
