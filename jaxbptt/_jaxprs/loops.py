@@ -13,11 +13,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbptt._arrays import filled
+from jaxbptt._arrays import filled, size_in_bytes
 from jaxbptt._compat import lax_scan
 from jaxbptt._types import leaf_type
 
 _NUMBERS = range(29, 128)  # seldom the step's own constants, and any integer dtype has them
+SMALL = 1024  # bytes of a row: such stacks are copied sooner than they are looked for
 _SHARE = 0.15  # what a block keeps takes at most this share of what `jax.vjp` would hold
 _FEWEST = 8  # steps in a block: fewer save little memory, and each block adds all weights up once
 
@@ -46,6 +47,9 @@ def scan_stacking(
         reverse: whether to start from the last row.
         unroll: how many trips one of the compiled loop has.
     """
+
+    if length and size_in_bytes(kinds) <= SMALL:
+        return lax_scan(trip, state, rows, length, reverse=reverse, unroll=unroll)
 
     def one(state: Any, row: Any) -> tuple[Any, None]:
         (state, stacks), (place, row) = state, row
