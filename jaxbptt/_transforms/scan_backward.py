@@ -28,6 +28,9 @@ from jaxbptt._transforms.scan_forward import Checkpoints
 from jaxbptt._transforms.window_vjp import dense_weights, densify
 
 
+_FEWEST = 100  # numbers: a product over all steps takes longer than to add up fewer at each
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
     """A recorded run, and how it is pulled back.
@@ -132,6 +135,7 @@ class _Sweep:
         contraction = pullback.divide(
             [*outputs.closed_over, *outputs.params],
             [*(outputs.carry if single else []), *outputs.x],
+            fewest=_FEWEST,
         )
         # Recorded residuals and ȳ differ from step to step; λ is what the step before has made.
         jaxpr, recorded, end = pullback.program.jaxpr, pullback.recorded, pullback.residuals
