@@ -1,12 +1,13 @@
 """One gradient through `jaxbptt.scan(window=None)` where a step is small, against `lax.scan`.
 
-    python benchmarks/small.py [--repeats 41] [--only steps tracing]
+    python benchmarks/small.py [--repeats 601] [--only steps tracing] [--longest 5000]
 
 * steps: ten steps of a few numbers each, of the kind that time series, filters and simulations
   are made of. Compiled, medians of interleaved runs in one process; gradients by the parameters
   that the step closes over.
 * tracing: processor time to trace and to compile the gradient of a step of many equations, best
-  of a few interleaved tries; `record` is the gradient of one recorded call.
+  of three interleaved tries, from 1,000 equations on of one; `record` is the gradient of one
+  recorded call.
 
 Ratios of speed above one are in favour of `jaxbptt.scan`, ratios of tracing below one.
 """
@@ -37,7 +38,9 @@ def normal(seed, *shape):
 
 def autoregression(length):
     """An AR(3) series with a level and a seasonal term, six numbers carried one by one."""
-    params = {name: jnp.float32(0.1 * i) for i, name in enumerate("a b c drift phase noise".split())}
+    params = {
+        name: jnp.float32(0.1 * i) for i, name in enumerate("a b c drift phase noise".split())
+    }
 
     def step(p, carry, x):
         first, second, third, level, cosine, sine = carry
@@ -56,7 +59,11 @@ def autoregression(length):
 
 def kalman(length):
     """Log-likelihood of a local linear trend: two states, one observation."""
-    params = {"q": jnp.full(2, -1.0), "r": jnp.float32(0.0), "f": jnp.array([[1.0, 1.0], [0.0, 0.9]])}
+    params = {
+        "q": jnp.full(2, -1.0),
+        "r": jnp.float32(0.0),
+        "f": jnp.array([[1.0, 1.0], [0.0, 0.9]]),
+    }
 
     def step(p, carry, x):
         mean, cov = carry
@@ -171,7 +178,12 @@ def holt_winters(length, season=12):
 
 def predators(length):
     """Lotka-Volterra by Euler's rule."""
-    params = {"a": jnp.float32(1.1), "b": jnp.float32(0.4), "c": jnp.float32(0.1), "d": jnp.float32(0.4)}
+    params = {
+        "a": jnp.float32(1.1),
+        "b": jnp.float32(0.4),
+        "c": jnp.float32(0.1),
+        "d": jnp.float32(0.4),
+    }
 
     def step(p, carry, x):
         prey, others = carry
@@ -219,21 +231,15 @@ def loss(scan, step, carry, xs):
 
 
 def seconds(programs, params, repeats):
-    """The median time of each program, all run in turn; calls of microseconds are timed together."""
-    calls = []
+    """The median time of each program, all run in turn."""
     for program in programs:
         jax.block_until_ready(program(params))
-        start = time.perf_counter()
-        jax.block_until_ready(program(params))
-        calls.append(math.ceil(2e-3 / (time.perf_counter() - start)))
     took = [[] for _ in programs]
-    for i in range(repeats):
-        for k in range(len(programs)):
-            k = (k + i) % len(programs)
+    for _ in range(repeats):
+        for program, own in zip(programs, took, strict=True):
             start = time.perf_counter()
-            for _ in range(max(calls)):
-                jax.block_until_ready(programs[k](params))
-            took[k].append((time.perf_counter() - start) / max(calls))
+            jax.block_until_ready(program(params))
+            own.append(time.perf_counter() - start)
     return [statistics.median(v) for v in took]
 
 
@@ -244,7 +250,9 @@ def steps(repeats):
     speeds = []
     for name, make, length in STEPS:
         params, step, carry, xs = make(length)
-        programs = [jax.jit(jax.grad(loss(s, step, carry, xs))).lower(params).compile() for s in SCANS]
+        programs = [
+            jax.jit(jax.grad(loss(s, step, carry, xs))).lower(params).compile() for s in SCANS
+        ]
         ours, theirs = seconds(programs, params, repeats)
         speeds.append(theirs / ours)
         row = name, length, f"{1e6 * theirs:.0f}", f"{1e6 * ours:.0f}", f"{speeds[-1]:.2f}"
@@ -264,7 +272,7 @@ def long_step(equations, products):
 
     def step(p, c, x):
         c = c + x
-        for i in range(equations // 10):
+        for _ in range(equations // 10):
             a = jnp.tanh(c * p["scale"])
             b = (p["w"] @ a if products else a * p["bias"]) + 0.1
             c = c + a * jnp.sin(b) - b * 0.5 + lax.logistic(a - b)
@@ -303,36 +311,46 @@ def processor_times(grad, params, *, compiles):
     return middle - start, time.process_time() - middle
 
 
-def tracing(tries):
+def tracing(longest, compiled):
     print("\n### Processor time to trace and to compile, by the number of a step's equations\n")
-    print("| equations | of which products | lax.scan s | scan | record | compiled: lax.scan s | scan | record |")
+    print(
+        "| equations | products | traced: lax.scan s | scan | record "
+        "| compiled: lax.scan s | scan | record |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for products in (False, True):
-        for equations in EQUATIONS:
+        for equations in (n for n in EQUATIONS if n <= longest):
             params, step = long_step(equations, products)
             best = {}
-            for attempt in range(tries if equations < EQUATIONS[-1] else 2):
+            for attempt in range(3 if equations < 1000 else 1):
                 for name, grad in ways(step).items():
-                    took = processor_times(grad, params, compiles=attempt < 1)
-                    before = best.get(name, took)
-                    best[name] = tuple(min(b, t) if t == t else b for b, t in zip(before, took, strict=True))
+                    compiles = not attempt and equations <= compiled
+                    took = processor_times(grad, params, compiles=compiles)
+                    pairs = zip(best.get(name, took), took, strict=True)
+                    best[name] = [
+                        before if math.isnan(t) else min(before, t) for before, t in pairs
+                    ]
             row = [f"{equations:,}", equations // 10 * products]
             for i in range(2):
                 ratios = (best[name][i] / best["lax"][i] for name in ("scan", "record"))
                 row += [f"{best['lax'][i]:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+            print("| " + " | ".join(map(str, row)).replace("nan", "-") + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=41)
-    parser.add_argument("--only", nargs="+", choices=["steps", "tracing"], default=["steps", "tracing"])
+    parser.add_argument("--repeats", type=int, default=601)
+    parser.add_argument(
+        "--only", nargs="+", choices=["steps", "tracing"], default=["steps", "tracing"]
+    )
+    parser.add_argument("--longest", type=int, default=EQUATIONS[-1])
+    parser.add_argument("--compiled", type=int, default=1000, help="a step compiled at most")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.repeats} repeats")
     if "steps" in args.only:
         steps(args.repeats)
     if "tracing" in args.only:
-        tracing(3)
+        tracing(args.longest, args.compiled)
 
 
 if __name__ == "__main__":

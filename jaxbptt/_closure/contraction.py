@@ -349,7 +349,8 @@ def _added_up(leaves: list, passes: list[core.JaxprEqn], weights: list[Atom]) ->
     )
     kept = dict.fromkeys(leaves)
     for eqn in passes:
-        terms, (out, *_) = set(variables(eqn.invars)), eqn.outvars
+        out: Any = eqn.outvars[0]
+        terms = set(variables(eqn.invars))
         if eqn.primitive.name in ("add", "add_any") and len(terms) == 2:
             alone = all(v in kept and reads[v] == 1 for v in terms)
             if alone and not is_half_precision(out.aval.dtype):

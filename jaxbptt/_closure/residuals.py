@@ -106,24 +106,13 @@ def _without_cheap(jaxpr: core.Jaxpr, residuals: list) -> tuple[list, list[core.
     order = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
     maker = {e.outvars[0]: e for e in jaxpr.eqns if _is_cheap(e) and not e.effects}
     kept = dict.fromkeys(residuals)
-    made: dict[Any, dict] = {}  # of each that is left out, what makes it
-    readers: dict[Any, set] = {}  # of each that is kept, those left out that are made of it
+    eqns: dict[int, core.JaxprEqn] = {}
     # The last first: nothing left out is ever needed by what is looked at after it.
     for v in sorted((v for v in residuals if v in maker), key=lambda v: -order[v]):
         found = _from_others(v, kept, maker)
-        # What is made of v is then made of its sources, still by few equations: a state that
-        # each layer of a long step adds to would else be made again from the first one on.
-        later = readers.get(v, set())
-        if found is None or any(len(made[w].keys() | found.keys()) > _MOST for w in later):
-            continue
-        del kept[v]
-        made[v] = found
-        for w in later:
-            made[w] |= found
-        for source in variables(a for e in found.values() for a in e.invars):
-            if source in kept:
-                readers.setdefault(source, set()).update(later, [v])
-    eqns = {order[v]: e for found in made.values() for v, e in found.items()}
+        if found is not None:
+            del kept[v]
+            eqns.update({order[e.outvars[0]]: e for e in found})
     return list(kept), [eqns[i] for i in sorted(eqns)]
 
 
@@ -134,11 +123,8 @@ def _is_cheap(eqn: core.JaxprEqn) -> bool:
     return scalar or eqn.primitive.name in CHEAP
 
 
-def _from_others(v: Any, kept: dict, maker: dict) -> dict[Any, core.JaxprEqn] | None:
-    """The few cheap equations that lead to a variable from others that are kept, by what they make.
-
-    None if there are none.
-    """
+def _from_others(v: Any, kept: dict, maker: dict) -> list[core.JaxprEqn] | None:
+    """The few cheap equations that lead to a variable from others that are kept, if there are."""
     found: dict[Any, core.JaxprEqn] = {}
     open_ends = [v]
     while open_ends:
@@ -149,4 +135,4 @@ def _from_others(v: Any, kept: dict, maker: dict) -> dict[Any, core.JaxprEqn] | 
             return None
         found[at] = maker[at]
         open_ends += variables(maker[at].invars)
-    return found
+    return list(found.values())

@@ -2,8 +2,8 @@
 
 `lax.scan` begins all its stacks with zeros. XLA merges equal arrays of zeros, so that each stack is
 copied from a shared one, every time an enclosing loop runs. Stacks that begin with different
-numbers, none of which is ever read, are written where they lie. Where a row is small it takes
-longer to find its place than to write it, so that there the stacks are those of `lax.scan`.
+numbers, none of which is ever read, are written where they lie. Where a row is small, to look its
+place up takes longer than such a copy: there the stacks are those of `lax.scan`.
 
 In blocks, what is kept for a block stays small, however long the loop is.
 """
@@ -34,6 +34,7 @@ def scan_stacking(
     *,
     reverse: bool = False,
     unroll: int = 1,
+    plain: int = -1,
 ) -> tuple[Any, list]:
     """`lax.scan` of a trip whose outputs are a list of these types.
 
@@ -47,10 +48,10 @@ def scan_stacking(
             own range (see its callers).
         reverse: whether to start from the last row.
         unroll: how many trips one of the compiled loop has.
+        plain: bytes of a row at most for which the stacks are those of `lax.scan`.
     """
-
     kinds = [leaf_type(kind) for kind in kinds]
-    if length and size_in_bytes(kinds) <= SMALL:
+    if length and size_in_bytes(kinds) <= plain:
         return lax_scan(trip, state, rows, length, reverse=reverse, unroll=unroll)
 
     def one(state: Any, row: Any) -> tuple[Any, None]:

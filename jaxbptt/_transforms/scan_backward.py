@@ -27,8 +27,7 @@ from jaxbptt._transforms.scan_chains import Chains
 from jaxbptt._transforms.scan_forward import Checkpoints
 from jaxbptt._transforms.window_vjp import dense_weights, densify
 
-
-_FEWEST = 100  # numbers: a product over all steps takes longer than to add up fewer at each
+_FEWEST = 100  # numbers: to add up fewer at each step takes less than a product after them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +206,7 @@ class _Sweep:
             size,
             first=48,
             reverse=not self.run.reverse,
+            plain=SMALL,
         )
         stacked = self.fission.run_after(self.env, these, hoisted, saved, size)
         if self.run.groups.gaps:
@@ -223,9 +223,7 @@ class _Sweep:
         ]
         return (lam, sums, made), xs
 
-    def one_step(
-        self, stacks: list | None, first: Any, state: Any, row: Any
-    ) -> tuple[Any, list]:
+    def one_step(self, stacks: list | None, first: Any, state: Any, row: Any) -> tuple[Any, list]:
         """One step backwards; its row is read from the stacks, where there are any."""
         (lam, sums), (place, values, hoisted) = state, row
         groups, step = self.run.groups, self.run.step(first + place)

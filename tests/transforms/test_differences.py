@@ -249,7 +249,7 @@ def test_offloading_to_the_host():
             c = checkpoint_name(jnp.tanh(w * c + x), "h")
             return c, jnp.sin(c)
 
-        return jnp.sum(whole(body(step), jnp.zeros(2), draw(1, 6, 2))[1])
+        return jnp.sum(whole(body(step), jnp.zeros(200), draw(1, 6, 200))[1])
 
     plain = functools.partial(loss, lambda step: step)
     around = jax.jit(jax.grad(offloaded(plain)))(0.5)
@@ -273,10 +273,10 @@ def test_half_precisions(scan):
 
 
 def test_order_of_sums():
-    w, xs = draw(1, 4, 4), draw(2, 50, 4)
+    w, xs = draw(1, 12, 12), draw(2, 50, 12)
 
     def loss(scan, w):
-        return jnp.sum(scan(lambda c, x: (jnp.tanh(w @ c + x),) * 2, jnp.zeros(4), xs)[1] ** 2)
+        return jnp.sum(scan(lambda c, x: (jnp.tanh(w @ c + x),) * 2, jnp.zeros(12), xs)[1] ** 2)
 
     def steps_in_a_product(scan):
         """Of each product with the weight's shape, over how many axes it sums."""
