@@ -1,6 +1,7 @@
 """What users hand in: pytrees, step functions, and the types of trees, compared by value."""
 
 import dataclasses
+import math
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -46,6 +47,11 @@ class LeafType:
         if sharding is not None:
             sharding = NamedSharding(sharding.mesh, with_axis_in_front(sharding.spec))
         return LeafType((length, *self.shape), self.dtype, self.varying, sharding, self.memory)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
     @property
     def differentiable(self) -> bool:

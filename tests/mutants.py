@@ -247,7 +247,7 @@ FAULTS = [Fault(*row) for row in [
      "scan_cost scan",
      "descending=not self.run.reverse", "descending=True"),
     ("in a block that runs again the steps are counted from its start", "_transforms/scan_backward", "remat",
-     "self.run.step(first + place), rows", "self.run.step(place), rows"),
+     "self.run.step(first + place)", "self.run.step(place)"),
     ("in a block that runs again the gaps lie as in the first", "_transforms/scan_backward", "remat",
      "self.run.reached(first + places)", "self.run.reached(places)"),
     ("a block runs again from the last carry of the one before", "_transforms/scan_forward", "remat",

@@ -12,7 +12,9 @@ A scatter into zeros (an embedding) goes into its running sum in place. What has
 form, or whose operands are larger than what they make, is summed in the loop.
 """
 
+import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -182,6 +184,7 @@ def divide_pullback(
     outs: list[Atom],
     *,
     effects: bool = False,
+    fewest: int = 0,
 ) -> Contraction:
     """Divides the equations of a flat, pruned pullback.
 
@@ -194,6 +197,7 @@ def divide_pullback(
         weights: outputs to be summed over the lags.
         outs: outputs wanted at each lag.
         effects: whether its side effects are wanted too, at each lag.
+        fewest: products of two vectors that have fewer numbers are summed in the loop.
     """
     jaxpr = program.jaxpr
     maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
@@ -216,7 +220,8 @@ def divide_pullback(
 
     # An end made by a product whose operands are smaller than it is: the operands are stacked.
     chosen, operands = _worthwhile(
-        [e for e in makers if e.primitive.name == "dot_general"], constant
+        [e for e in makers if e.primitive.name == "dot_general" and not _is_tiny(e, fewest)],
+        constant,
     )
     turned = _turned([v for v in ends if v not in in_loop and v not in weights], passes)
     products = [_product(e, turned.get(e.outvars[0])) for e in chosen]
@@ -225,6 +230,7 @@ def divide_pullback(
     scatters = [e for e in makers if _scatters_into_zeros(e, maker)]
     done = {e.outvars[0] for e in (*chosen, *reductions, *scatters)}
     as_is = [turned[v].outvars[0] if v in turned else v for v in ends if v not in done]
+    as_is = _added_up(as_is, passes, weights)
 
     # After the loop remain the passes behind what is summed, and what these read.
     summed = {*ends, *as_is, *(p.made for p in products)}
@@ -318,6 +324,14 @@ def _scatters_into_zeros(eqn: core.JaxprEqn, maker: Maker) -> bool:
     return eqn.primitive.name == "scatter-add" and _is_zero(eqn.invars[0], maker)
 
 
+def _is_tiny(product: core.JaxprEqn, fewest: int) -> bool:
+    """Whether it multiplies two vectors to so few numbers that a loop adds them up in passing."""
+    left: Any = product.invars[0]
+    out: Any = product.outvars[0].aval
+    contracted = math.prod(left.aval.shape[i] for i in product.params["dimension_numbers"][0][0])
+    return contracted == 1 and out.size < fewest and not is_half_precision(out.dtype)
+
+
 def _worthwhile(products: list[core.JaxprEqn], constant: set) -> tuple[list, list]:
     """The products whose operands are worth stacking, and these operands, each once."""
     chosen: dict[int, core.JaxprEqn] = {}
@@ -330,6 +344,27 @@ def _worthwhile(products: list[core.JaxprEqn], constant: set) -> tuple[list, lis
                 chosen[id(eqn)] = eqn
                 operands.update(dict.fromkeys(eqn.invars))
     return [e for e in products if id(e) in chosen], list(operands)
+
+
+def _added_up(leaves: list, passes: list[core.JaxprEqn], weights: list[Atom]) -> list:
+    """The leaves, those that only ever meet in a sum added up before they are summed over the lags.
+
+    Else there would be a sum for each of them. Half precisions would be rounded at each lag.
+    """
+    reads = collections.Counter(
+        [*variables(weights), *(v for eqn in passes for v in variables(eqn.invars))]
+    )
+    kept = dict.fromkeys(leaves)
+    for eqn in passes:
+        out: Any = eqn.outvars[0]
+        terms = set(variables(eqn.invars))
+        if eqn.primitive.name in ("add", "add_any") and len(terms) == 2:
+            alone = all(v in kept and reads[v] == 1 for v in terms)
+            if alone and not is_half_precision(out.aval.dtype):
+                for v in terms:
+                    del kept[v]
+                kept[out] = None
+    return list(kept)
 
 
 def _turned(leaves: list, after: list[core.JaxprEqn]) -> dict[Any, core.JaxprEqn]:

@@ -52,7 +52,7 @@ class Pullback:
         return self.recorded + self.invariant
 
     def divide(
-        self, summed: list[Atom], at_lag: list[Atom], *, effects: bool = True
+        self, summed: list[Atom], at_lag: list[Atom], *, effects: bool = True, fewest: int = 0
     ) -> Contraction:
         """The pullback divided for a loop over the lags.
 
@@ -60,10 +60,13 @@ class Pullback:
             summed: outputs wanted summed over the lags, or ZERO.
             at_lag: outputs wanted at each lag, or ZERO.
             effects: whether side effects are to happen, at each lag.
+            fewest: products of two vectors that have fewer numbers are summed in the loop.
         """
         alive = len(self.program.jaxpr.invars) - self.residuals
         invariant = [False] * self.recorded + [True] * self.invariant + [False] * alive
-        return divide_pullback(self.program, invariant, summed, at_lag, effects=effects)
+        return divide_pullback(
+            self.program, invariant, summed, at_lag, effects=effects, fewest=fewest
+        )
 
     @property
     def acts(self) -> bool:

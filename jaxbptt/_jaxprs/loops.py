@@ -2,7 +2,8 @@
 
 `lax.scan` begins all its stacks with zeros. XLA merges equal arrays of zeros, so that each stack is
 copied from a shared one, every time an enclosing loop runs. Stacks that begin with different
-numbers, none of which is ever read, are written where they lie.
+numbers, none of which is ever read, are written where they lie. Where a row is small, to look its
+place up takes longer than such a copy: there the stacks are those of `lax.scan`.
 
 In blocks, what is kept for a block stays small, however long the loop is.
 """
@@ -13,11 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbptt._arrays import filled
+from jaxbptt._arrays import filled, size_in_bytes
 from jaxbptt._compat import lax_scan
 from jaxbptt._types import leaf_type
 
 _NUMBERS = range(29, 128)  # seldom the step's own constants, and any integer dtype has them
+SMALL = 1024  # bytes of a row at most that is stacked, and read, by `lax.scan` itself
 _SHARE = 0.15  # what a block keeps takes at most this share of what `jax.vjp` would hold
 _FEWEST = 8  # steps in a block: fewer save little memory, and each block adds all weights up once
 
@@ -32,6 +34,7 @@ def scan_stacking(
     *,
     reverse: bool = False,
     unroll: int = 1,
+    plain: int = -1,
 ) -> tuple[Any, list]:
     """`lax.scan` of a trip whose outputs are a list of these types.
 
@@ -45,7 +48,11 @@ def scan_stacking(
             own range (see its callers).
         reverse: whether to start from the last row.
         unroll: how many trips one of the compiled loop has.
+        plain: bytes of a row at most for which the stacks are those of `lax.scan`.
     """
+    kinds = [leaf_type(kind) for kind in kinds]
+    if length and size_in_bytes(kinds) <= plain:
+        return lax_scan(trip, state, rows, length, reverse=reverse, unroll=unroll)
 
     def one(state: Any, row: Any) -> tuple[Any, None]:
         (state, stacks), (place, row) = state, row
@@ -53,7 +60,7 @@ def scan_stacking(
         return (state, [put(*pair, place) for pair in zip(stacks, outs, strict=True)]), None
 
     stacks = [
-        filled(leaf_type(kind).stacked(length), _NUMBERS[i % len(_NUMBERS)])
+        filled(kind.stacked(length), _NUMBERS[i % len(_NUMBERS)])
         for i, kind in enumerate(kinds, first)
     ]
     if not length:

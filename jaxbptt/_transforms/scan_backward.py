@@ -20,12 +20,14 @@ from jaxbptt._closure.contraction import Contraction
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._jaxprs.evaluate import ZERO, drop, merge, variables
 from jaxbptt._jaxprs.loop_fission import Fission, divide
-from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, rows, scan_stacking
+from jaxbptt._jaxprs.loops import SMALL, block_of, block_size, in_blocks, rows, scan_stacking
 from jaxbptt._transforms.chain_by_chain import SeparateChains, is_needed, pull_chains
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_chains import Chains
 from jaxbptt._transforms.scan_forward import Checkpoints
 from jaxbptt._transforms.window_vjp import dense_weights, densify
+
+_FEWEST = 100  # numbers: to add up fewer at each step takes less than a product after them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,7 @@ class _Sweep:
         contraction = pullback.divide(
             [*outputs.closed_over, *outputs.params],
             [*(outputs.carry if single else []), *outputs.x],
+            fewest=_FEWEST,
         )
         # Recorded residuals and ȳ differ from step to step; λ is what the step before has made.
         jaxpr, recorded, end = pullback.program.jaxpr, pullback.recorded, pullback.residuals
@@ -193,14 +196,17 @@ class _Sweep:
         places = start + jnp.arange(size, dtype=jnp.int32)
         these = block_of(stacks, start, size)
         hoisted = self.fission.run_before(self.env, these, size)
+        # Large rows are read where they lie: of a block of them the loop would need a copy.
+        small = size_in_bytes(v.aval for v in self.fission.rows) <= SMALL
         (lam, sums), saved = scan_stacking(
-            functools.partial(self.one_step, stacks, first),
+            functools.partial(self.one_step, None if small else stacks, first),
             (lam, sums),
-            (places, hoisted),
+            (places, these if small else [], hoisted),
             [v.aval for v in self.fission.saved],
             size,
             first=48,
             reverse=not self.run.reverse,
+            plain=SMALL,
         )
         stacked = self.fission.run_after(self.env, these, hoisted, saved, size)
         if self.run.groups.gaps:
@@ -217,10 +223,12 @@ class _Sweep:
         ]
         return (lam, sums, made), xs
 
-    def one_step(self, stacks: list, first: Any, state: Any, row: Any) -> tuple[Any, list]:
-        """One step backwards."""
-        (lam, sums), (place, hoisted) = state, row
-        groups, step, values = self.run.groups, self.run.step(first + place), rows(stacks, place)
+    def one_step(self, stacks: list | None, first: Any, state: Any, row: Any) -> tuple[Any, list]:
+        """One step backwards; its row is read from the stacks, where there are any."""
+        (lam, sums), (place, values, hoisted) = state, row
+        groups, step = self.run.groups, self.run.step(first + place)
+        if stacks is not None:
+            values = rows(stacks, place)
         lam = self.chains.entering(step, lam)
         if self.run.factors is not None:
             lam = [_scale_or_zero(self.run.factors[step - 1], v) for v in lam]

@@ -16,7 +16,7 @@ from jaxbptt._arrays import size_in_bytes
 from jaxbptt._closure.closure import Closure
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.loop_fission import Fission, divide
-from jaxbptt._jaxprs.loops import block_of, block_size, in_blocks, put, rows, scan_stacking
+from jaxbptt._jaxprs.loops import SMALL, block_of, block_size, in_blocks, put, rows, scan_stacking
 
 
 class RunOutputs(NamedTuple):
@@ -74,6 +74,7 @@ def record_run(
             first=0,
             reverse=reverse,
             unroll=max(1, min(unroll, size)),
+            plain=SMALL,
         )
         return carry, fission.run_after(env, x, hoisted, saved, size)
 

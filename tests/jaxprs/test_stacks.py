@@ -9,7 +9,10 @@ from harness import draw, grid
 from jax import lax
 
 import jaxbptt
+from jaxbptt._arrays import size_in_bytes
+from jaxbptt._compat import scan_counts
 from jaxbptt._jaxprs.loops import scan_stacking
+from jaxbptt._transforms import scan_backward, scan_forward
 
 
 def many_types(state, row):
@@ -66,6 +69,17 @@ def test_it_is_lax_scan(length, unroll, reverse):
         return ours, lax.scan(many_types, STATE, xs, **how)
 
     same(*both(draw(1, length, 3, scale=1.0)))
+
+
+def test_small_rows_are_stacked_by_lax_scan_itself():
+    def loops(plain):
+        run = lambda xs: scan_stacking(many_types, STATE, xs, KINDS, 5, first=0, plain=plain)  # noqa: E731
+        return jax.make_jaxpr(run)(draw(1, 5, 3)).jaxpr.eqns
+
+    size = size_in_bytes(KINDS)
+    for plain, carried in ((size, 2), (size - 1, 2 + len(KINDS))):
+        (loop,) = (eqn for eqn in loops(plain) if eqn.primitive.name == "scan")
+        assert scan_counts(loop)[1] == carried
 
 
 def test_of_many_runs_at_once_too():
@@ -161,7 +175,9 @@ PROGRAMS = {
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_no_stack_begins_as_a_copy(name):
+def test_no_stack_begins_as_a_copy(monkeypatch, name):
+    for module in (scan_forward, scan_backward):
+        monkeypatch.setattr(module, "SMALL", -1)  # such small ones are those of lax.scan
     make, length = PROGRAMS[name]
     run, state = make()
     text = jax.jit(run, donate_argnums=0).lower(state).compile().as_text()

@@ -213,10 +213,10 @@ def test_half_precisions(scan):
 
 
 def test_order_of_sums():
-    w, xs = draw(1, 4, 4), draw(2, 50, 4)
+    w, xs = draw(1, 12, 12), draw(2, 50, 12)
 
     def loss(scan, w):
-        return jnp.sum(scan(lambda c, x: (jnp.tanh(w @ c + x),) * 2, jnp.zeros(4), xs)[1] ** 2)
+        return jnp.sum(scan(lambda c, x: (jnp.tanh(w @ c + x),) * 2, jnp.zeros(12), xs)[1] ** 2)
 
     def steps_in_a_product(scan):
         """Of each product with the weight's shape, over how many axes it sums."""

@@ -1,0 +1,357 @@
+"""One gradient through `jaxbptt.scan(window=None)` where a step is small, against `lax.scan`.
+
+    python benchmarks/small.py [--repeats 601] [--only steps tracing] [--longest 5000]
+
+* steps: ten steps of a few numbers each, of the kind that time series, filters and simulations
+  are made of. Compiled, medians of interleaved runs in one process; gradients by the parameters
+  that the step closes over.
+* tracing: processor time to trace and to compile the gradient of a step of many equations, best
+  of three interleaved tries, from 1,000 equations on of one; `record` is the gradient of one
+  recorded call.
+
+Ratios of speed above one are in favour of `jaxbptt.scan`, ratios of tracing below one.
+"""
+
+import argparse
+import functools
+import math
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jaxbptt
+
+KEY = jax.random.key(0)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
+
+
+# ------------------------------------------------------------ ten small steps
+# Each gives parameters, a step(params, carry, x) -> (carry, y), a first carry and inputs.
+# The loss is the sum of y over the steps, and of its square where y is no loss already.
+
+
+def autoregression(length):
+    """An AR(3) series with a level and a seasonal term, six numbers carried one by one."""
+    params = {
+        name: jnp.float32(0.1 * i) for i, name in enumerate("a b c drift phase noise".split())
+    }
+
+    def step(p, carry, x):
+        first, second, third, level, cosine, sine = carry
+        level = level + p["drift"]
+        cosine, sine = (
+            cosine * jnp.cos(p["phase"]) - sine * jnp.sin(p["phase"]),
+            cosine * jnp.sin(p["phase"]) + sine * jnp.cos(p["phase"]),
+        )
+        mean = p["a"] * first + p["b"] * second + p["c"] * third + level + cosine
+        score = 0.5 * ((x - mean) * jnp.exp(-p["noise"])) ** 2 + p["noise"]
+        return (x, first, second, level, cosine, sine), score
+
+    zero, one = jnp.float32(0), jnp.float32(1)
+    return params, step, (zero, zero, zero, zero, one, zero), normal(1, length)
+
+
+def kalman(length):
+    """Log-likelihood of a local linear trend: two states, one observation."""
+    params = {
+        "q": jnp.full(2, -1.0),
+        "r": jnp.float32(0.0),
+        "f": jnp.array([[1.0, 1.0], [0.0, 0.9]]),
+    }
+
+    def step(p, carry, x):
+        mean, cov = carry
+        mean = p["f"] @ mean
+        cov = p["f"] @ cov @ p["f"].T + jnp.diag(jnp.exp(p["q"]))
+        variance, gap = cov[0, 0] + jnp.exp(p["r"]), x - mean[0]
+        gain = cov[:, 0] / variance
+        score = 0.5 * (gap**2 / variance + jnp.log(variance))
+        return (mean + gain * gap, cov - jnp.outer(gain, cov[0])), score
+
+    return params, step, (jnp.zeros(2), jnp.eye(2)), normal(2, length)
+
+
+def gru(length, inputs=8, hidden=16):
+    """A GRU cell on one vector."""
+    params = {
+        "wx": normal(3, 3 * hidden, inputs) / inputs**0.5,
+        "wh": normal(4, 3 * hidden, hidden) / hidden**0.5,
+        "b": jnp.zeros(3 * hidden),
+    }
+
+    def step(p, h, x):
+        r_x, z_x, n_x = jnp.split(p["wx"] @ x + p["b"], 3)
+        r_h, z_h, n_h = jnp.split(p["wh"] @ h, 3)
+        r, z = jax.nn.sigmoid(r_x + r_h), jax.nn.sigmoid(z_x + z_h)
+        h = (1 - z) * jnp.tanh(n_x + r * n_h) + z * h
+        return h, jnp.mean(h**2)
+
+    return params, step, jnp.zeros(hidden), normal(5, length, inputs)
+
+
+def pendulum(length):
+    """A damped, driven pendulum, half implicit."""
+    params = {"gravity": jnp.float32(9.8), "length": jnp.float32(1.0), "damping": jnp.float32(0.1)}
+
+    def step(p, carry, x):
+        angle, speed = carry
+        speed = speed + 0.02 * (
+            x - p["gravity"] / p["length"] * jnp.sin(angle) - p["damping"] * speed
+        )
+        angle = angle + 0.02 * speed
+        return (angle, speed), (angle - 0.1) ** 2
+
+    return params, step, (jnp.float32(0.5), jnp.float32(0)), normal(6, length)
+
+
+def average(length):
+    """An exponential moving average, whose error is the loss."""
+
+    def step(p, mean, x):
+        rate = jax.nn.sigmoid(p)
+        return (1 - rate) * mean + rate * x, (x - mean) ** 2
+
+    return jnp.float32(-1.0), step, jnp.float32(0), normal(7, length)
+
+
+@jax.custom_jvp
+def spike(v):
+    return (v > 0).astype(v.dtype)
+
+
+@spike.defjvp
+def _(primals, tangents):
+    (v,), (t,) = primals, tangents
+    return spike(v), t / (1 + 10 * jnp.abs(v)) ** 2
+
+
+def neurons(length, units=8):
+    """Leaky integrate-and-fire neurons with recurrent weights and a surrogate derivative."""
+    params = {
+        "w": normal(8, units, units) / units**0.5,
+        "input": normal(9, units),
+        "leak": jnp.full(units, 2.0),
+    }
+
+    def step(p, carry, x):
+        v, s = carry
+        v = jax.nn.sigmoid(p["leak"]) * v * (1 - s) + p["w"] @ s + p["input"] * x
+        s = spike(v - 1.0)
+        return (v, s), jnp.mean((s - 0.2) ** 2)
+
+    return params, step, (jnp.zeros(units), jnp.zeros(units)), normal(10, length)
+
+
+def logistic(length):
+    """The logistic map, pulled a little to what is observed."""
+
+    def step(p, c, x):
+        c = p["rate"] * c * (1 - c)
+        c = c + p["pull"] * (x - c)
+        return c, (c - x) ** 2
+
+    params = {"rate": jnp.float32(2.9), "pull": jnp.float32(0.1)}
+    return params, step, jnp.float32(0.3), jax.nn.sigmoid(normal(11, length))
+
+
+def holt_winters(length, season=12):
+    """Triple exponential smoothing; a ring of seasonal terms is carried."""
+
+    def step(p, carry, x):
+        level, trend, ring = carry
+        a, b, c = (jax.nn.sigmoid(v) for v in p)
+        expected = level + trend + ring[0]
+        new = a * (x - ring[0]) + (1 - a) * (level + trend)
+        trend = b * (new - level) + (1 - b) * trend
+        seasonal = c * (x - new) + (1 - c) * ring[0]
+        return (new, trend, jnp.append(ring[1:], seasonal)), (x - expected) ** 2
+
+    carry = jnp.float32(0), jnp.float32(0), jnp.zeros(season)
+    return (jnp.float32(-1.0),) * 3, step, carry, normal(12, length)
+
+
+def predators(length):
+    """Lotka-Volterra by Euler's rule."""
+    params = {
+        "a": jnp.float32(1.1),
+        "b": jnp.float32(0.4),
+        "c": jnp.float32(0.1),
+        "d": jnp.float32(0.4),
+    }
+
+    def step(p, carry, x):
+        prey, others = carry
+        meet = prey * others
+        carry = (
+            prey + 0.01 * (p["a"] * prey - p["b"] * meet),
+            others + 0.01 * (p["c"] * meet - p["d"] * others),
+        )
+        return carry, (jnp.log(carry[0]) - x) ** 2
+
+    return params, step, (jnp.float32(2), jnp.float32(1)), normal(13, length)
+
+
+def td(length, states=10):
+    """A tabular TD(0) update; the table is carried."""
+    params = {"rate": jnp.float32(-1.0), "discount": jnp.float32(2.0)}
+    at = jax.random.randint(KEY, (length + 1,), 0, states)
+
+    def step(p, table, x):
+        before, after, reward = x
+        error = reward + jax.nn.sigmoid(p["discount"]) * table[after] - table[before]
+        return table.at[before].add(jax.nn.sigmoid(p["rate"]) * error), error**2
+
+    return params, step, jnp.zeros(states), (at[:-1], at[1:], normal(14, length))
+
+
+STEPS = [
+    ("autoregression", autoregression, 1000),
+    ("Kalman filter", kalman, 500),
+    ("GRU on a vector", gru, 100),
+    ("pendulum", pendulum, 1000),
+    ("moving average", average, 2000),
+    ("spiking neurons", neurons, 300),
+    ("logistic map", logistic, 2000),
+    ("Holt-Winters", holt_winters, 500),
+    ("Lotka-Volterra", predators, 1000),
+    ("TD(0)", td, 500),
+]
+SCANS = functools.partial(jaxbptt.scan, window=None), lax.scan
+
+
+def loss(scan, step, carry, xs):
+    """The loss of a whole run as a function of the parameters."""
+    return lambda params: jnp.mean(scan(lambda c, x: step(params, c, x), carry, xs)[1])
+
+
+def seconds(programs, params, repeats):
+    """The median time of each program, all run in turn."""
+    for program in programs:
+        jax.block_until_ready(program(params))
+    took = [[] for _ in programs]
+    for _ in range(repeats):
+        for program, own in zip(programs, took, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(program(params))
+            own.append(time.perf_counter() - start)
+    return [statistics.median(v) for v in took]
+
+
+def steps(repeats):
+    print("\n### Small steps: window=None against jax.grad(lax.scan)\n")
+    print("| step | T | lax.scan µs | scan µs | times as fast |")
+    print("|---|---|---|---|---|")
+    speeds = []
+    for name, make, length in STEPS:
+        params, step, carry, xs = make(length)
+        programs = [
+            jax.jit(jax.grad(loss(s, step, carry, xs))).lower(params).compile() for s in SCANS
+        ]
+        ours, theirs = seconds(programs, params, repeats)
+        speeds.append(theirs / ours)
+        row = name, length, f"{1e6 * theirs:.0f}", f"{1e6 * ours:.0f}", f"{speeds[-1]:.2f}"
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    mean = statistics.geometric_mean(speeds)
+    print(f"\ngeometric mean {mean:.2f}, least {min(speeds):.2f}")
+
+
+# ------------------------------------------------------------ tracing and compiling
+
+EQUATIONS = 100, 1000, 5000
+WIDTH = 32
+
+
+def long_step(equations, products):
+    """A step of about so many equations: elementwise, or with a small product among every ten."""
+
+    def step(p, c, x):
+        c = c + x
+        for _ in range(equations // 10):
+            a = jnp.tanh(c * p["scale"])
+            b = (p["w"] @ a if products else a * p["bias"]) + 0.1
+            c = c + a * jnp.sin(b) - b * 0.5 + lax.logistic(a - b)
+        return c, jnp.sum(c)
+
+    params = {"scale": jnp.ones(WIDTH), "bias": jnp.ones(WIDTH)}
+    if products:
+        params["w"] = normal(15, WIDTH, WIDTH) / WIDTH
+    return params, step
+
+
+def ways(step):
+    """The gradient of a run by both, and the gradient of one recorded call."""
+    carry, xs = jnp.zeros(WIDTH), normal(16, 20, WIDTH)
+
+    def recorded(params):
+        # What makes the tape is traced as well: a recorder belongs to its step.
+        rec = jaxbptt.record(step, window=5)
+        tape = rec.init(params, carry, xs[0])
+        return rec(params, tape, xs[0])[1]
+
+    losses = [*(loss(s, step, carry, xs) for s in SCANS), recorded]
+    return dict(zip(("scan", "lax", "record"), map(jax.grad, losses), strict=True))
+
+
+def processor_times(grad, params, *, compiles):
+    """Seconds of processor time to trace a gradient and to compile it."""
+    jax.clear_caches()
+    start = time.process_time()
+    traced = jax.jit(lambda params: grad(params)).trace(params)
+    middle = time.process_time()
+    if not compiles:
+        return middle - start, math.nan
+    lowered = traced.lower()
+    lowered.compile()
+    return middle - start, time.process_time() - middle
+
+
+def tracing(longest, compiled):
+    print("\n### Processor time to trace and to compile, by the number of a step's equations\n")
+    print(
+        "| equations | products | traced: lax.scan s | scan | record "
+        "| compiled: lax.scan s | scan | record |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for products in (False, True):
+        for equations in (n for n in EQUATIONS if n <= longest):
+            params, step = long_step(equations, products)
+            best = {}
+            for attempt in range(3 if equations < 1000 else 1):
+                for name, grad in ways(step).items():
+                    compiles = not attempt and equations <= compiled
+                    took = processor_times(grad, params, compiles=compiles)
+                    pairs = zip(best.get(name, took), took, strict=True)
+                    best[name] = [
+                        before if math.isnan(t) else min(before, t) for before, t in pairs
+                    ]
+            row = [f"{equations:,}", equations // 10 * products]
+            for i in range(2):
+                ratios = (best[name][i] / best["lax"][i] for name in ("scan", "record"))
+                row += [f"{best['lax'][i]:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
+            print("| " + " | ".join(map(str, row)).replace("nan", "-") + " |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=601)
+    parser.add_argument(
+        "--only", nargs="+", choices=["steps", "tracing"], default=["steps", "tracing"]
+    )
+    parser.add_argument("--longest", type=int, default=EQUATIONS[-1])
+    parser.add_argument("--compiled", type=int, default=1000, help="a step compiled at most")
+    args = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.repeats} repeats")
+    if "steps" in args.only:
+        steps(args.repeats)
+    if "tracing" in args.only:
+        tracing(args.longest, args.compiled)
+
+
+if __name__ == "__main__":
+    main()
