@@ -329,7 +329,8 @@ def _is_tiny(product: core.JaxprEqn, fewest: int) -> bool:
     left: Any = product.invars[0]
     out: Any = product.outvars[0].aval
     contracted = math.prod(left.aval.shape[i] for i in product.params["dimension_numbers"][0][0])
-    return contracted == 1 and out.size < fewest and not is_half_precision(out.dtype)
+    tiny = at_most(contracted, 1) and at_most(out.size + 1, fewest)
+    return tiny and not is_half_precision(out.dtype)
 
 
 def _worthwhile(products: list[core.JaxprEqn], constant: set) -> tuple[list, list]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbptt._arrays import filled, size_in_bytes
+from jaxbptt._arrays import at_most, filled, size_in_bytes
 from jaxbptt._compat import lax_scan
 from jaxbptt._types import leaf_type
 
@@ -51,7 +51,8 @@ def scan_stacking(
         plain: bytes of a row at most for which the stacks are those of `lax.scan`.
     """
     kinds = [leaf_type(kind) for kind in kinds]
-    if length and size_in_bytes(kinds) <= plain:
+    counted = isinstance(length, int) and length  # lax.scan takes no symbolic length
+    if counted and at_most(size_in_bytes(kinds), plain):
         return lax_scan(trip, state, rows, length, reverse=reverse, unroll=unroll)
 
     def one(state: Any, row: Any) -> tuple[Any, None]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt._arrays import at_most, size_in_bytes, zeros
 from jaxbptt._arrays import select_rows as select
-from jaxbptt._arrays import size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import Contraction
 from jaxbptt._closure.pullbacks import Mask
@@ -197,7 +197,7 @@ class _Sweep:
         these = block_of(stacks, start, size)
         hoisted = self.fission.run_before(self.env, these, size)
         # Large rows are read where they lie: of a block of them the loop would need a copy.
-        small = size_in_bytes(v.aval for v in self.fission.rows) <= SMALL
+        small = at_most(size_in_bytes(v.aval for v in self.fission.rows), SMALL)
         (lam, sums), saved = scan_stacking(
             functools.partial(self.one_step, None if small else stacks, first),
             (lam, sums),
