@@ -11,6 +11,7 @@ from jax import lax
 from jaxpr_reading import arrays, inner, products
 
 import jaxbptt
+from jaxbptt._compat import scan_counts
 from jaxbptt._transforms import scan_backward as _reverse
 from jaxbptt._transforms import scan_forward as _forward
 
@@ -218,3 +219,22 @@ def test_no_array_of_steps_times_a_parameter(window):
     if window is None:
         want = jax.jit(jax.grad(functools.partial(run, lax.scan)))(p)
         assert worst(jax.jit(grad)(p), want) < 1e-12
+
+
+def test_a_parameter_that_a_step_uses_often_has_one_sum():
+    def run(w):
+        step = lambda c, _: (jnp.sin(w * jnp.sin(w * jnp.sin(w * c))), None)  # noqa: E731
+        return full(step, jnp.ones(3), length=5)[0].sum()
+
+    closed = jax.make_jaxpr(jax.grad(run))(jnp.ones(3))
+    *_, backward = (eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "scan")
+    assert scan_counts(backward)[1] == 2  # λ, and the sum
+
+
+@pytest.mark.parametrize("size", [5, 12])
+def test_outer_products_of_few_numbers_are_summed_in_the_loop(size):
+    def run(w, xs):
+        return full(lambda c, x: (jnp.tanh(w @ c + x), None), xs[0], xs)[0].sum()
+
+    found = products(jax.make_jaxpr(jax.grad(run))(jnp.eye(size), draw(0, 9, size)).jaxpr)
+    assert [inside for shape, inside in found if shape == (size, size)] == [size == 5]
