@@ -30,7 +30,7 @@ spec = importlib.util.find_spec("jaxbptt")
 # On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
 if spec is None or spec.origin is None:
     places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_record.py").exists()]
+    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
     if not found:
         raise SystemExit(
             "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
