@@ -13,12 +13,13 @@
 # %% [markdown]
 # # Pace: what a delay costs in learning, and what it saves in time
 #
-# A sliding window of K steps costs K pullbacks, one after the other, at every step. With `pace=p` an update takes *all*
-# cotangents in flight p lags further, in one batch: p pullbacks one after the other. The price is a delay. The term of a loss
-# at lag k comes k // p updates late, and by then the parameters have moved on.
+# A sliding window of K steps costs K pullbacks, one after the other, at every step. With `pace=p` an update takes
+# *all* cotangents in flight p lags further, in one batch: p pullbacks one after the other. The price is a delay. The
+# term of a loss at lag k comes k // p updates late, and by then the parameters have moved on.
 #
-# Is that a good bargain? Four cases of three tasks, each with the same window and no pace, a pace of 4 and a pace of 1; by steps and by
-# seconds, at three learning rates. At the end the other way to pay less: a `reach` that a compiled loop adapts.
+# Is that a good bargain? Four cases of three tasks, each with the same window and no pace, a pace of 4 and a pace of
+# 1; by steps and by seconds, at three learning rates. At the end the other way to pay less: a `reach` that a compiled
+# loop adapts.
 #
 # It needs about three minutes on a CPU.
 
@@ -98,10 +99,10 @@ def nats(y, x):
 # %% [markdown]
 # ## The tasks
 #
-# - **Copy**, as in `05_copy_task` with a lag of 5: a symbol has to be said six steps after it was heard. Four streams, 32 units,
-#   a window of 12. Of the symbols nothing is worth 0.83 bits.
-# - **Maze**, the policy of `07_online_agent`, with 16 episodes side by side in place of 64, and a window of 12. The reward
-#   comes up to ten steps after the sign. A coin at the junction misses the exit in half of all episodes.
+# - **Copy**, as in `05_copy_task` with a lag of 5: a symbol has to be said six steps after it was heard. Four
+#   streams, 32 units, a window of 12. Of the symbols nothing is worth 0.83 bits.
+# - **Maze**, the policy of `07_online_agent`, with 16 episodes side by side in place of 64, and a window of 12. The
+#   reward comes up to ten steps after the sign. A coin at the junction misses the exit in half of all episodes.
 # - **Text**, as in `02_character_model`, read by four readers: 64 units, a window of 50, and the last tenth held out.
 # - **Text with one reader** and 128 units, a window of 20. Its score is that of each character before it is learned.
 #
@@ -255,9 +256,9 @@ for pace in (4, 1):
 # ## Training, by steps and by seconds
 #
 # While training the parameters do move. All three paces see the same stream, from the same start and with the same
-# optimiser. They take turns block by block, so that whatever else the machine does meets all of them; the time of
-# a step is the median over blocks. `weights="current"`: with `"stored"` each step on the tape keeps its own
-# parameters, so that its term is that of the step as it was run, and a pace saves little.
+# optimiser. They take turns block by block, so that whatever else the machine does meets all of them; the time of a
+# step is the median over blocks. `weights="current"`: with `"stored"` each step on the tape keeps its own parameters,
+# so that its term is that of the step as it was run, and a pace saves little.
 
 
 # %%
@@ -364,7 +365,7 @@ plt.show()
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(14, 3.6))
 for ax, (name, (of, *_)) in zip(axes, results.items(), strict=True):
-    for shift, (pace, (color, said)) in zip((0.94, 1.0, 1.06), PACES.items(), strict=True):
+    for shift, (pace, (color, said)) in zip((0.94, 1.0, 1.06), PACES.items(), strict=False):
         ends, at = late(of[pace]), np.array(RATES) * shift  # ends: (rates, seeds)
         ax.plot(at, ends, "o", color=color, ms=3, alpha=0.4)
         ax.plot(at, ends.mean(1), "o-", color=color, lw=2, label=said)
@@ -388,30 +389,30 @@ for name, (of, *_) in results.items():
 # %% [markdown]
 # ## What it costs, and what it saves
 #
-# - **Copy**: at the two smaller rates the delay costs nothing; with a pace it even learns a little faster, step by step. An update
-#   is then made of the losses of twelve steps, each at another lag. That is a smoother gradient, which Adam may answer with
-#   larger changes; a larger rate without a pace does the same. At 0.01 it is the other way about, within the spread. Pace 1
-#   takes two thirds of the time for a step, and is the first by seconds.
-# - **Maze**: here the delay hurts. At 0.003 all six seeds find the exit without a pace; with either pace two of the six are not
-#   there after as many steps, and the quicker updates of pace 1 don't make up for it. At 0.001 all three are alike:
-#   one seed of six is still guessing, with a pace or without.
-# - **Text, four readers**: little to tell them apart at the two smaller rates (0.08 bits at most), and both paces are about
-#   1.6 times as fast: ahead by seconds, within the spread of the seeds.
-# - **Text, one reader**: at 0.003 pace 1 costs 0.68 bits and pace 4 a third of a bit, far more than the time saved
-#   is worth. At 0.001 it is 0.07 and 0.01. 0.01 is too much for all three.
+# - **Copy**: at the two smaller rates the delay costs nothing; with a pace it even learns a little faster, step by
+#   step. An update is then made of the losses of twelve steps, each at another lag. That is perhaps a smoother
+#   gradient, which Adam answers with larger changes; a larger rate without a pace does the same. At 0.01 it is the
+#   other way about, within the spread. Pace 1 takes two thirds of the time for a step, and is the first by seconds.
+# - **Maze**: here the delay hurts. At 0.003 all six seeds find the exit without a pace; with either pace two of the
+#   six are not there after as many steps, and the quicker updates of pace 1 don't make up for it. At 0.001 all three
+#   are alike: one seed of six is still guessing, with a pace or without.
+# - **Text, four readers**: little to tell them apart at the two smaller rates (0.08 bits at most), and both paces are
+#   about 1.6 times as fast: ahead by seconds, within the spread of the seeds.
+# - **Text, one reader**: at 0.003 pace 1 costs 0.68 bits and pace 4 a third of a bit, far more than the time saved is
+#   worth. At 0.001 it is 0.07 and 0.01. 0.01 is too much for all three.
 #
-# So a pace is no free gain. It costs little where the parameters change little within window / p updates: small rates, or
-# gradients of several streams. It costs much where one noisy stream drives large updates, and then a smaller
-# rate makes the loss small, but learns less than the larger one does without a pace. **Halve the rate or more before you judge
-# a pace, and measure a step first**: pace 4 is no faster at all on these small models at a window of 12 or 20, where three or five
-# chains don't fill a batch. It is the long window (50) that pays for both.
+# So a pace is no free gain. It costs little where the parameters change little within window / p updates: small
+# rates, or gradients of several streams. It costs much where a noisy gradient drives large updates, and then a
+# smaller rate keeps the cost small, but learns less than the larger one does without a pace. **Halve the rate or more
+# before you judge a pace, and measure a step first**: pace 4 is no faster at all on these small models at a window of
+# 12 or 20, where three or five chains don't fill a batch. It is the long window (50) that pays for both.
 #
 # ## A reach that adapts, in one compiled loop
 #
-# The other way to pay less is to go back no further than there is something to find. `reach=k` takes a k that is known only when
-# the loop runs. Here a controller looks, at every tenth step, at what the older half of the reach adds to the
-# gradient, as a share of its norm. Every hundred steps it doubles the reach where the mean of that share is above
-# 0.15, and halves it where it is below 0.05.
+# The other way to pay less is to go back no further than there is something to find. `reach=k` takes a k that is
+# known only when the loop runs. Here a controller looks, at every tenth step, at what the older half of the reach
+# adds to the gradient, as a share of its norm. Every hundred steps it doubles the reach where the mean of that share
+# is above 0.15, and halves it where it is below 0.05.
 #
 # The stream is of bits, and the one to be said is that of one step ago, then of eight steps ago, then of one again.
 
@@ -500,10 +501,10 @@ short, longer, _ = np.split(reach, 3)
 assert SMALL or short.mean() < LONG < longer[-THIRD // 2 :].mean()
 
 # %% [markdown]
-# The reach finds its level in each third, with less than a fourth of the longest in the mean: the loop takes half
-# the time of one that always goes back 96 steps, and learns no less. It is generous: a gated unit
-# hands some credit on for many steps, needed or not, and the share sees that it is there, not that it is of use.
+# The reach finds its level in each third, with less than a fourth of the longest in the mean: the loop takes half the
+# time of one that always goes back 96 steps, and learns no less. It is generous: a gated unit hands some credit on
+# for many steps, needed or not, and the share sees that it is there, not that it is of use.
 #
-# And it is short-sighted. Of what lies beyond its reach it knows nothing. When the stream changes, it is the credit that already
-# leaks into the older half that pulls the reach up; a memory that leaves no such trace would not be found. And the
-# tape keeps its 96 slots whatever the reach: time is saved here, and no memory.
+# And it is short-sighted. Of what lies beyond its reach it knows nothing. When the stream changes, it is the credit
+# that already leaks into the older half that pulls the reach up; a memory that leaves no such trace would not be
+# found. And the tape keeps its 96 slots whatever the reach: time is saved here, and no memory.
