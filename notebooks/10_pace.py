@@ -399,7 +399,8 @@ for name, (of, *_) in results.items():
 # - **Text, four readers**: little to tell them apart at the two smaller rates (0.08 bits at most), and both paces are
 #   about 1.6 times as fast: ahead by seconds, within the spread of the seeds.
 # - **Text, one reader**: at 0.003 pace 1 costs 0.68 bits and pace 4 a third of a bit, far more than the time saved is
-#   worth. At 0.001 it is 0.07 and 0.01. 0.01 is too much for all three.
+#   worth. At 0.001 it is 0.07 and 0.01. 0.01 is too much for all three. (The scores in the
+#   same time are of other characters, and not to be held against each other to a tenth.)
 #
 # So a pace is no free gain. It costs little where the parameters change little within window / p updates: small
 # rates, or gradients of several streams. It costs much where a noisy gradient drives large updates, and then a
