@@ -65,7 +65,7 @@ def call_with_pace(
 
     def run(
         closed_over: list, params: list, x: list, rest: tuple[Tape, Closure]
-    ) -> tuple[Any, Moved]:
+    ) -> tuple[Any, Moved, list]:
         tape, closure = rest
         bound = dataclasses.replace(closure, closed_over=closed_over)
         made = bound.run(params, jax.tree.leaves(tape.carry), x)
@@ -74,7 +74,7 @@ def call_with_pace(
         given = Given(made.recorded, made.invariant)
         pushed = push(tape, carry, made.recorded)
         moved = move_chains(closure, pushed, given, ct_y, asked=(True,), closed_over=True)
-        return (moved.tape, y, aux), moved
+        return (moved.tape, y, aux), moved, made.invariant
 
     axes = axes_in_sight(closure.forward.jaxpr.eqns)
     recorded_step = jax.custom_vjp(lambda *args: run(*args)[0])
@@ -83,8 +83,7 @@ def call_with_pace(
         perturbed = tuple(v.perturbed for v in args[0])
         refuse_what_is_not_followed(closure.sources, perturbed, [v.perturbed for v in args[2]])
         closed_over, params, x, rest = primal_values(args)
-        outs, moved = run(closed_over, params, x, rest)
-        invariant = dataclasses.replace(rest[1], closed_over=closed_over).invariant(params)
+        outs, moved, invariant = run(closed_over, params, x, rest)
         return outs, (rest[1], invariant, moved.unfinished, moved.x)
 
     def backward(saved: Any, cts: Any) -> tuple[list | None, ...]:
@@ -171,7 +170,8 @@ def move_chains(
         lam, unfinished = chains.at_later_lags(others[-1], lam)
         parts.append(unfinished)
     x = chains.newest_x(closure.pullback(y=asked), given.newest, ct_y)
-    return Moved(with_chains(tape, lam), parts, x)
+    in_flight = dataclasses.replace(chains.columns.in_flight, lam=lam)
+    return Moved(with_chains(tape, in_flight), parts, x)
 
 
 def finish(

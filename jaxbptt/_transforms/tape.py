@@ -392,10 +392,9 @@ def in_flight_of(tape: Tape) -> InFlight | None:
     return tape._in_flight
 
 
-def with_chains(tape: Tape, lam: list[jax.Array]) -> Tape:
+def with_chains(tape: Tape, in_flight: InFlight) -> Tape:
     """The tape with its chains moved on."""
-    assert tape._in_flight is not None
-    return dataclasses.replace(tape, _in_flight=dataclasses.replace(tape._in_flight, lam=lam))
+    return dataclasses.replace(tape, _in_flight=in_flight)
 
 
 def with_group_ended(tape: Tape, ends: jax.Array) -> Tape:

@@ -8,7 +8,6 @@ the arrays that the step closes over, then the parameters.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.evaluate import ZERO, Value
+from jaxbptt._jaxprs.loops import put, scan_stacking
 from jaxbptt._jaxprs.loops import rows as rows_at
-from jaxbptt._jaxprs.loops import scan_stacking
 from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
 from jaxbptt._transforms.tape import Tape, reader, settings_of
 from jaxbptt._types import PyTree, leaf_type
@@ -498,8 +497,7 @@ def replayed(
             carry, stacks = state
             lag = length - 1 - i
             carry, residuals = body(carry, lag)
-            put = functools.partial(lax.dynamic_update_index_in_dim, index=lag, axis=0)
-            return carry, [put(v, u) for v, u in zip(stacks, residuals, strict=True)]
+            return carry, [put(v, u, lag) for v, u in zip(stacks, residuals, strict=True)]
 
         _, stacks = lax.fori_loop(0, length, step_again, (oldest, stacks))
     else:
