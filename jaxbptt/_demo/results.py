@@ -3,19 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 import jaxbptt
 from jaxbptt._demo.model import Carry, InputAndTarget, Model, Params
 from jaxbptt._demo.saves import TrainingProgress
 from jaxbptt._demo.text import Symbols
 from jaxbptt._demo.train import TrainingConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _POSITIONS = 32  # in the held-out text, over which the gradient by lag is averaged
 _TEMPERATURE = 0.7  # below 1, so that a sample has fewer unlikely characters
@@ -147,9 +148,13 @@ def _formatted(facts: list[dict[str, Any]], name: str, how: str) -> list[str]:
     return [format(each[name], how) for each in facts]
 
 
-def picture(runs: Sequence[RunResult]) -> Figure:
+def picture(runs: Sequence[RunResult]) -> "Figure":
     """Learning curves by step and by second, and the gradient by lag, of up to three runs."""
-    # Not by pyplot, which would keep the figure and look for a screen.
+    # Imported here, for who compiles or times the training draws nothing. Not by pyplot, which
+    # would keep the figure and look for a screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     by_step, by_second, by_lag = figure.subplots(1, 3)

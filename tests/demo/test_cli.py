@@ -543,8 +543,12 @@ def test_missing_package(package, text, tmp_path, capsys, monkeypatch):
     )
 
 
-def test_the_core_imports_none_of_the_extras():
-    code = "import jaxbptt, sys; print(*{'optax', 'matplotlib', 'tqdm'} & set(sys.modules))"
+@pytest.mark.parametrize(
+    ("module", "unneeded"),
+    [("jaxbptt", "optax matplotlib tqdm"), ("jaxbptt._demo.job", "matplotlib")],
+)
+def test_an_import_needs_no_more_than_it_must(module, unneeded):
+    code = f"import {module}, sys; print(*set('{unneeded}'.split()) & set(sys.modules))"
     got = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
