@@ -278,8 +278,10 @@ FAULTS = [Fault(*row) for row in [
      "return jnp.where(cut, 1, age + 1), jnp", "return age + 1, jnp"),
     ("a value that is not finite crosses a cut", "_transforms/scan_backward", "random_window",
      "jnp.where(factor > 0, product, jnp.zeros_like(product)).astype(", "product.astype("),
+    ("equations of other parameters are one", "_jaxprs/evaluate", "repeats",
+     "key = eqn.primitive, *eqn.params.values(), eqn.ctx,", "key = eqn.primitive, eqn.ctx,"),
     ("half precision is multiplied in half precision", "_transforms/scan_backward", "random_window",
-     "if jnp.finfo(value.dtype).bits < 32:", "if jnp.finfo(value.dtype).bits < 16:"),
+     "wide = widened(value)  # else", "wide = value  # else"),
     ("the factor of the step before", "_transforms/scan_backward", "random_window",
      "self.run.factors[step - 1]", "self.run.factors[step - 2]"),
 

@@ -33,6 +33,7 @@ from jaxbptt._jaxprs.evaluate import (
     leaves_explicit_axes,
     on_other_axes,
     without_calls,
+    without_repeats,
 )
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type, type_of
 from jaxbptt._windows import Windows
@@ -371,7 +372,8 @@ def _differentiated(
 
     with_calls = jax.make_jaxpr(with_residuals)(*leaves)
     (treedef,) = found
-    return _Differentiated(with_calls.jaxpr, without_calls(with_calls, leaves), treedef)
+    forward = without_repeats(without_calls(with_calls, leaves))
+    return _Differentiated(with_calls.jaxpr, forward, treedef)
 
 
 def _linear_map(
@@ -394,7 +396,7 @@ def _linear_map(
     traced = jax.make_jaxpr(run)(*structs)
     if references:
         return in_one_piece(traced)
-    return without_calls(traced, [*structs[0], *structs[1]])
+    return without_repeats(without_calls(traced, [*structs[0], *structs[1]]))
 
 
 def pick(mask: Sequence[bool], leaves: Sequence, which: bool = True) -> list:

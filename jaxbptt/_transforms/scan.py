@@ -15,7 +15,7 @@ from jaxbptt._arrays import at_most, struct_like
 from jaxbptt._closure.closure import Closure, close, pick
 from jaxbptt._closure.pullbacks import Inputs, Mask
 from jaxbptt._closure.step import refuse_references
-from jaxbptt._compat import call_with_rule, jit_is_disabled, lax_scan, scan_counts
+from jaxbptt._compat import jit_is_disabled, lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
 from jaxbptt._jaxprs.evaluate import (
     bind,
@@ -23,7 +23,7 @@ from jaxbptt._jaxprs.evaluate import (
     is_reference,
     leaves_explicit_axes,
 )
-from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, with_rule
 from jaxbptt._transforms.cotangents import (
     is_symbolic_zero,
     primal_values,
@@ -243,7 +243,6 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
     axes = axes_in_sight([eqn])
 
-    @jax.custom_vjp
     def run(consts: list, init: list, xs: list, factors: jax.Array | None) -> list:
         return as_mapped(axes, bind(eqn, [*consts, *init, *xs]))
 
@@ -271,13 +270,9 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         of_consts = ct.weights, ct.carry, ct.xs
         return *map(with_none, followed, as_mapped(axes, of_consts)), None
 
-    run.defvjp(
-        lambda *args: run_in_sight(axes, lambda: forward(*args)),
-        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
-        symbolic_zeros=True,
-    )
     factors = None if cut.drawn is None else cut.drawn.factors(length)
-    return call_with_rule(run, consts, init, values[n_consts + n_carry :], factors)
+    run_truncated = with_rule(run, forward, backward, axes)
+    return run_truncated(consts, init, values[n_consts + n_carry :], factors)
 
 
 def _strong(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt._arrays import at_most, size_in_bytes, zeros
+from jaxbptt._arrays import at_most, size_in_bytes, widened, zeros
 from jaxbptt._arrays import select_rows as select
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import Contraction
@@ -152,20 +152,17 @@ class _Sweep:
 
     def block(self, length: int) -> int:
         """Of so many steps, how many steps' operands are stacked before they are contracted."""
+        fission = self.fission
         weights = size_in_bytes(v.aval for v in variables(self.contraction.weights))
-        kept = self.fission.stacked_outs[
-            : len(self.fission.stacked_outs) - len(self.contraction.operands)
-        ]
-        held, remade = (
-            size_in_bytes(v.aval for v in self.fission.rows) * length + weights,
-            self.run.closure.layout.remade_bytes * length,
-        )
+        # What is stacked is x̄ and the operands; the operands alone are used up in the block.
+        n_xs = len(fission.stacked_outs) - len(self.contraction.operands)
+        xs = fission.stacked_outs[:n_xs]
         return block_size(
             length,
-            self.fission.temporaries(kept),
-            held,
-            remade,
-            copied=self.fission.rows_read() + size_in_bytes(v.aval for v in variables(kept)),
+            fission.temporaries(xs),
+            held=size_in_bytes(v.aval for v in fission.rows) * length + weights,
+            spared=self.run.closure.layout.remade_bytes * length,
+            copied=fission.rows_read() + size_in_bytes(v.aval for v in variables(xs)),
             in_parts=weights,
         )
 
@@ -246,8 +243,6 @@ class _Sweep:
 
 def _scale_or_zero(factor: jax.Array, value: jax.Array) -> jax.Array:
     """A value times a factor, zeros where the factor is 0, whatever the value is there."""
-    wide = value
-    if jnp.finfo(value.dtype).bits < 32:  # else the factors' rounding would add up to a bias
-        wide = value.astype(jnp.float32)
+    wide = widened(value)  # else the factors' rounding would add up to a bias
     product = wide * factor.astype(wide.real.dtype)
     return jnp.where(factor > 0, product, jnp.zeros_like(product)).astype(value.dtype)

@@ -7,7 +7,7 @@ counters stay below `window` or `every`, so nothing overflows however long the l
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,11 @@ class Settings:
         if self.pace is None:
             return (self.window,)
         return (self.pace + 1, -(-self.window // self.pace))
+
+    @property
+    def lags_per_call(self) -> int:
+        """How many lags a call takes each cotangent further."""
+        return self.window if self.pace is None else self.pace
 
 
 @jax.tree_util.register_dataclass
@@ -374,8 +379,9 @@ class Columns:
 
 def columns_of(tape: Tape) -> Columns:
     """What the chains in flight read of a tape with a pace."""
-    settings, in_flight = tape._settings, tape._in_flight
-    assert in_flight is not None
+    settings = tape._settings
+    # Only a recorder with a pace comes here, and the tapes that it makes have chains.
+    in_flight = cast(InFlight, tape._in_flight)
 
     def place(lag: Any) -> tuple[Any, Any]:
         return row_and_column((tape._head - lag) % math.prod(settings.slots), settings)

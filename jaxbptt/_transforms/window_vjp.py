@@ -226,14 +226,14 @@ def _terms(
 
 
 def pull_newest_x(
-    closure: Closure, window: Window, ct_carry: list, ct_y: list, asked: Mask
+    closure: Closure, residuals: list, ct_carry: list, ct_y: list, asked: Mask
 ) -> list:
-    """x̄ of the newest step alone."""
+    """x̄ of the newest step alone, from its recorded residuals and the invariant ones."""
     pullback = closure.pullback(y=asked)
     # The side effects of this step's pullback belong to the sweep.
     contraction = pullback.divide([], pullback.outputs.x, effects=False)
-    args = [*window.read(0), *window.invariant, *ct_carry, *ct_y]
-    return densify(contraction.at_lag(args).outs, closure.kinds.x)
+    made = contraction.at_lag([*residuals, *ct_carry, *ct_y])
+    return densify(made.outs, closure.kinds.x)
 
 
 def _sweep(
