@@ -394,7 +394,7 @@ FAULTS = [Fault(*row) for row in [
     ("partial sums fall to zero behind what is reached", "_inspection/by_lag", "by_lag",
      '(0, unreached), mode="edge")', "(0, unreached))"),
     ("norms of half precision are taken in half precision", "_inspection/by_lag", "by_lag",
-     "if jnp.finfo(value.dtype).bits < 32:", "if jnp.finfo(value.dtype).bits < 16:"),
+     "value = widened(jnp.abs(value))", "value = jnp.abs(value)"),
     ("the fit begins at a quarter", "_inspection/decay", "decay",
      "jnp.minimum(extent // 2, extent - 2)", "jnp.minimum(extent // 4, extent - 2)"),
     ("a window beyond the tape is a step too short", "_inspection/decay", "decay",

@@ -179,6 +179,7 @@ def has_references(jaxpr: core.Jaxpr, *, deep: bool = False) -> bool:
 
 def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """The programs that an equation runs, in whatever way."""
+    # Which parameter holds a program, alone or among others, differs from primitive to primitive.
     for value in eqn.params.values():
         for each in value if isinstance(value, tuple | list) else [value]:
             each = each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
@@ -218,6 +219,7 @@ def needed(
     """The equations that make the wanted variables, and those with side effects if asked for."""
     wanted, kept = set(wanted), []
     for eqn in reversed(list(eqns)):
+        # Backwards: all that reads what an equation makes has been seen when it is its turn.
         if wanted.intersection(eqn.outvars) or (effects and acts(eqn)):
             kept.append(eqn)
             wanted.update(variables(eqn.invars))

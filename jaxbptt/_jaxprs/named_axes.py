@@ -28,6 +28,7 @@ Axes = tuple[tuple[Any, int], ...]  # names and sizes
 
 def axes_in_sight(eqns: Iterable[core.JaxprEqn]) -> Axes:
     """The mapped axes that equations name, to run them with later."""
+    # Looked up while the step is traced, where the map that has these axes still encloses it.
     names = dict.fromkeys(_named(eqns))
     return tuple((name, lax.axis_size(name)) for name in names if _is_in_sight(name))
 

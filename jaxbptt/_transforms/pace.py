@@ -63,6 +63,8 @@ def call_with_pace(
     if not (len(y_type.leaves) == 1 and is_scalar(y_type.leaves[0])):
         raise _errors.loss_not_scalar_with_pace(y_type)
 
+    # With ȳ = 1 now, for the chains have to move before anybody asks for a gradient; y's real
+    # cotangent only scales what they give.
     def run(
         closed_over: list, params: list, x: list, rest: tuple[Tape, Closure]
     ) -> tuple[Any, Moved, list]:
@@ -88,6 +90,7 @@ def call_with_pace(
     def backward(saved: Any, cts: Any) -> tuple[list | None, ...]:
         closure, invariant, unfinished, x = saved
         ct_tape, ct_y, _ = cts
+        # A cotangent of the new carry would come when the chains have already moved.
         if not all(map(is_symbolic_zero, jax.tree.leaves(ct_tape.carry))):
             raise _errors.carry_with_pace()
         followed, (ct_y,) = closure.layout.followed, jax.tree.leaves(ct_y)
@@ -192,6 +195,7 @@ def finish(
         closed_over: see `move_chains`.
         scale: a factor, None for one. It comes before what is summed over a mesh is summed.
     """
+    # Divided again, for a Contraction is no pytree that the reverse mode could be handed.
     contractions = _divided(closure, settings, asked, closed_over)
     total: list[Value] = [ZERO] * sum(map(len, (closure.kinds.closed_over, closure.kinds.params)))
     for contraction, (operands, sums) in zip(contractions, unfinished, strict=True):
@@ -281,6 +285,8 @@ class _Chains:
     ) -> "_AtLag":
         """One lag of the call: a pullback of all chains in one batch."""
         ages, kinds, pace = self.ages(lag), self.closure.kinds.carry, self.settings.lags_per_call
+        # Each call takes a chain `pace` lags further, and moves the present one step on: a calls
+        # old, it meets the step that lies a (pace + 1) + lag behind the newest.
         of_window = ages * pace + lag  # how far back each chain is
         recorded = self.columns.in_flight.count > lag + ages * (pace + 1)
         live = counted & recorded & (of_window < self.settings.window)

@@ -426,6 +426,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
 
     Where nothing is recorded yet the tape need not be of this step: it is made anew.
     """
+    # From the cheapest question to the dearest: options, then types, then the step itself.
     made = settings_of(tape)
     for name in ("windows", "every", "weights", "pace"):
         if getattr(made, name) != getattr(recorder, name):
@@ -439,6 +440,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     closure = trace_recorder(recorder, params, tape.carry, x, made.sources)
     slot, came = slot_types(recorder, closure, tape.carry, x), layout(tape)
     of_this_step = made.step == program_hash(closure)
+    # Two steps may leave slots of the same types, so that the program itself is compared too.
     if slot == came and of_this_step:
         return closure, tape
     if is_blank(tape):
@@ -542,6 +544,7 @@ def _call(
     a tracer that is only closed over would get no gradient, or outlive its trace.
     """
     every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
+    # A reach that is a Python int is part of the program, and no argument of the rule.
     static = reach if reach is not None and not reach.traced else None
     axes = axes_in_sight(closure.forward.jaxpr.eqns)
 
@@ -611,12 +614,14 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
     """The cotangents for the group that the newest step ends, or zeros."""
     closure, tape, kinds = saved.closure, saved.tape, saved.closure.kinds
     every = settings_of(tape).every
+    # With a window below `every` the group's earlier outputs have no gradient.
     rows = min(every, closure.layout.window)
     asked = tuple(not is_symbolic_zero(v) for v in ct_y)
     of_y = pick(asked, ct_y)
 
     def back() -> _GroupCotangents:
         window = tape_window(closure, tape, saved.params, saved.invariant, rows, reach=reach)
+        # With every > 1 each loss of the group gets the cotangent of this call.
         ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in of_y]
         wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=False)
         ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)
@@ -630,4 +635,5 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
     nothing = _GroupCotangents(
         *(list(map(zeros, k)) for k in (kinds.closed_over, kinds.params, kinds.x))
     )
+    # In a branch, so that steps within a group cost a forward pass alone.
     return lax.cond(is_due(tape), back, lambda: nothing)

@@ -145,6 +145,7 @@ def scan(
     if callable(f):  # else lax.scan says so
         _errors.has_steps(type_of(jax.tree.map(jax.typeof, xs)))
     if windows is not None:
+        # The loop that JAX traces has its carry in leaves; so have the windows from here on.
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
         windows = Windows.of(by_leaf or windows.longest)
     if (windows or drawn) and callable(f):
@@ -169,6 +170,7 @@ def scan(
     cut = _Cut(windows, every, drawn, remat or None)
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
+        # What stands around the loop (a hoisted constant, a promotion) runs as it is.
         is_loop = eqn.primitive.name == "scan"
         outs = _truncated(eqn, values, cut) if is_loop else bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -249,6 +251,7 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     def forward(*args: Any) -> tuple[list, Any]:
         perturbed = [v.perturbed for group in args[:3] for v in group]
         consts, init, xs, factors = primal_values(args)
+        # Only here is a derivative traced: this rule is called when something is perturbed.
         closure = _closure_of(eqn, perturbed)
         bound = dataclasses.replace(closure, closed_over=consts)
         outs, kept = _run(eqn, bound, init, xs, cut.remat)
@@ -304,6 +307,7 @@ def _closure_of(eqn: core.JaxprEqn, perturbed: list[bool]) -> Closure:
     """
     body, (n_consts, n_carry) = eqn.params["jaxpr"], scan_counts(eqn)
     n = n_consts + n_carry
+    # A leaf of the carry that starts unperturbed may be made of what is: to a fixpoint.
     flags = with_carry(body.jaxpr, perturbed, slice(n_consts, n))
     structs = [struct_like(v.aval) for v in body.jaxpr.invars]
     inputs, followed = (

@@ -191,6 +191,8 @@ def cleared(tape: Tape) -> Tape:
 def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
     """Writes one step over the oldest slot and makes `carry` the live one."""
     settings = tape._settings
+    # The first step is written to slot 1: counters that begin at zero wrap without a special case.
+    # With a pace there are more slots than the window has steps.
     window, every, slots = settings.window, settings.every, settings.slots
     head = (tape._head + 1) % math.prod(slots)
     place = (head,) if len(slots) == 1 else row_and_column(head, settings)
@@ -284,6 +286,7 @@ def x_struct(tape: Tape) -> PyTree:
     """
     check_counters(tape)
     kinds = map(leaf_type, [*tape._ring, *jax.tree.leaves(tape.carry)])
+    # Of what the tape was made with only the axes' names count: the mesh may be another now.
     mesh = next((kind.sharding.mesh for kind in kinds if kind.sharding), None)
 
     def laid(kind: LeafType) -> LeafType:
@@ -387,6 +390,7 @@ def columns_of(tape: Tape) -> Columns:
         return row_and_column((tape._head - lag) % math.prod(settings.slots), settings)
 
     def read(lag: Any) -> list[jax.Array]:
+        # All columns of one row, which lie one after the other: nothing is gathered.
         row = place(lag)[0]
         return _exactly([lax.dynamic_index_in_dim(v, row, 0, keepdims=False) for v in tape._ring])
 
