@@ -1,10 +1,13 @@
-"""One gradient through `jaxbptt.scan(window=None)` where a step is small, against `lax.scan`.
+"""Where a step is small: one gradient of a run, a call, a trace, against those without jaxbptt.
 
-    python benchmarks/small.py [--repeats 601] [--only steps tracing] [--longest 5000]
+    python benchmarks/small.py [--repeats 601] [--only steps calls tracing] [--longest 5000]
 
 * steps: ten steps of a few numbers each, of the kind that time series, filters and simulations
   are made of. Compiled, medians of interleaved runs in one process; gradients by the parameters
   that the step closes over.
+* calls: one jitted online step of a stack of small layers, called from Python, with a tape of many
+  leaves and a window of 1, against the same step with its carry alone: what handing over the tape
+  costs. And a block of ten recorded steps under `lax.scan`, by the step.
 * tracing: processor time to trace and to compile the gradient of a step of many equations, best
   of three interleaved tries, from 1,000 equations on of one; `record` is the gradient of one
   recorded call.
@@ -261,6 +264,66 @@ def steps(repeats):
     print(f"\ngeometric mean {mean:.2f}, least {min(speeds):.2f}")
 
 
+# ------------------------------------------------------------ calls from Python
+
+
+def layers(count, units=4):
+    """A step of so many small layers: parameters, step, carry, x."""
+
+    def step(p, carry, x):
+        new = []
+        for (w, u, b), h in zip(p, carry, strict=True):
+            x = jnp.tanh(x @ w + h @ u + b)
+            new.append(x)
+        return new, jnp.sum(x)
+
+    weight = jnp.full((units, units), 0.1)
+    params = [(weight + 0, weight + 0, jnp.zeros(units)) for _ in range(count)]
+    return params, step, [jnp.zeros((1, units)) for _ in range(count)], jnp.ones((1, units))
+
+
+def online(run):
+    """A jitted step of SGD: from parameters, what is carried and x to the first two anew."""
+
+    def update(params, carried, x):
+        loss = lambda params: run(params, carried, x)[::-1]  # noqa: E731
+        (_, carried), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), carried
+
+    return update
+
+
+def in_a_block(update):
+    """Several such steps in one call."""
+
+    def block(params, carried, xs):
+        return lax.scan(lambda state, x: (update(*state, x), None), (params, carried), xs)[0]
+
+    return block
+
+
+def calls(repeats, block=10):
+    print("\n### One jitted online step called from Python, window 1: with a tape and without\n")
+    print(
+        "| layers | leaves: params, carry, tape | plain µs | recorded µs | ratio | in blocks µs |"
+    )
+    print("|---|---|---|---|---|---|")
+    for count in (1, 5, 20):
+        params, step, carry, x = layers(count)
+        rec = jaxbptt.record(step, window=1, weights="current")
+        recorded, tape = online(rec), rec.init(params, carry, x)
+
+        ways = (online(step), carry, x), (recorded, tape, x)
+        ways += ((in_a_block(recorded), tape, jnp.broadcast_to(x, (block, *x.shape))),)
+        # Each call is given the same arrays: only its own time is measured, until it is done.
+        programs = [functools.partial(jax.jit(f), params, *args) for f, *args in ways]
+        plain, ours, in_blocks = seconds([lambda _, p=p: p() for p in programs], None, repeats)
+        leaves = ", ".join(str(len(jax.tree.leaves(tree))) for tree in (params, carry, tape))
+        times = (f"{1e6 * t:.0f}" for t in (plain, ours))
+        row = count, leaves, *times, f"{ours / plain:.2f}", f"{1e6 * in_blocks / block:.0f}"
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
 # ------------------------------------------------------------ tracing and compiling
 
 EQUATIONS = 100, 1000, 5000
@@ -340,15 +403,16 @@ def tracing(longest, compiled):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=601)
-    parser.add_argument(
-        "--only", nargs="+", choices=["steps", "tracing"], default=["steps", "tracing"]
-    )
+    sections = ["steps", "calls", "tracing"]
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument("--longest", type=int, default=EQUATIONS[-1])
     parser.add_argument("--compiled", type=int, default=1000, help="a step compiled at most")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.repeats} repeats")
     if "steps" in args.only:
         steps(args.repeats)
+    if "calls" in args.only:
+        calls(args.repeats)
     if "tracing" in args.only:
         tracing(args.longest, args.compiled)
 
