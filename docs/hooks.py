@@ -1,0 +1,193 @@
+"""What MkDocs does besides for this site: formulas, the notebooks, and no other host."""
+
+import base64
+import functools
+import html
+import json
+import re
+from pathlib import Path, PurePosixPath
+
+from math_core import LatexToMathML
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+# The picture that tells most of a notebook, where it is not the first one.
+PICTURE = {"06_parts_with_their_own_memory": 2, "09_other_cells": 4, "10_pace": 3}
+
+
+# ---------------------------------------------------------------------- the pages
+
+
+def on_config(config):
+    """The notebooks stand in the contents after the page that tells of them."""
+    (section,) = (part["Notebooks"] for part in config.nav if "Notebooks" in part)
+    section += [{short_title(path): f"notebooks/{path.stem}.md"} for path in notebooks()]
+
+
+def on_files(files, config):
+    """Each notebook becomes a page, with its pictures as files."""
+    for path in notebooks():
+        page = File.generated(config, f"notebooks/{path.stem}.md", content=as_page(path, config))
+        page.edit_uri = f"../notebooks/{path.stem}.py"
+        files.append(page)
+        for number, picture in enumerate(pictures(path), 1):
+            name = f"notebooks/{path.stem}/{number}.png"
+            files.append(File.generated(config, name, content=picture))
+
+
+def on_page_markdown(markdown, page, config, files):
+    """On the page of the notebooks their table becomes a gallery."""
+    if page.file.src_uri == "notebooks.md":
+        return with_gallery(markdown)
+    return markdown
+
+
+def on_page_content(content, page, config, files):
+    """Formulas become MathML, which browsers show by themselves."""
+    return re.sub(
+        r'<(span|div) class="arithmatex">(.*?)</\1>', functools.partial(formula, page), content,
+        flags=re.DOTALL,
+    )
+
+
+def on_post_page(output, page, config):
+    """The link to the repository stays; the theme no longer asks its host for a count of stars."""
+    return output.replace(' data-md-component="source"', "")
+
+
+def formula(page, found):
+    """A formula as arithmatex leaves it, in MathML."""
+    tag, text = found.groups()
+    latex = html.unescape(text).strip()[2:-2]
+    try:
+        maths = LatexToMathML().convert_with_local_state(latex, displaystyle=tag == "div")
+    except Exception as error:
+        raise PluginError(f"{page.file.src_uri}: no formula: {latex}: {error}") from error
+    return f'<{tag} class="arithmatex">{maths}</{tag}>'
+
+
+# ------------------------------------------------------------------ the notebooks
+
+
+def notebooks():
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+@functools.cache
+def cells(path):
+    return json.loads(path.read_text("utf-8"))["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def title(path):
+    """The heading of a notebook."""
+    return re.match(r"# (.*)", source(cells(path)[0]))[1]
+
+
+def short_title(path):
+    return title(path).split(":")[0]
+
+
+def pictures(path):
+    """The pictures of a notebook, as PNG files."""
+    outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
+    shown = [output["data"]["image/png"] for output in outputs if is_picture(output)]
+    return [base64.b64decode("".join(picture)) for picture in shown]
+
+
+def is_picture(output):
+    return "image/png" in output.get("data", {})
+
+
+def as_page(path, config):
+    """A notebook in Markdown."""
+    where = f"{config.repo_url}/blob/main/notebooks/{path.name}"
+    colab = where.replace("https://github.com", "https://colab.research.google.com/github")
+    links = f"[Open in Colab]({colab}) · [The notebook]({where})\n{{ .notebook-links }}"
+    numbers = iter(range(1, 1 + len(pictures(path))))
+    head, *rest = (as_markdown(cell, path, numbers, config) for cell in cells(path))
+    heading, _, story = head.partition("\n")
+    front = "---\nhide: [toc]\n---"
+    return "\n\n".join([front, heading, links, story.strip(), *rest]) + "\n"
+
+
+def as_markdown(cell, path, numbers, config):
+    """A cell with what it printed and drew."""
+    if cell["cell_type"] == "markdown":
+        return re.sub(r"\]\((?!\w+:|#)(.*?)\)", functools.partial(link, config), without_badge(cell))
+    code = fenced(source(cell), "python")
+    if "%pip" in code:
+        code = f"<details markdown><summary>Installs what is needed</summary>\n\n{code}\n\n</details>"
+    outputs = (shown(output, path, numbers) for output in cell["outputs"])
+    return "\n\n".join([code, *outputs])
+
+
+def without_badge(cell):
+    """The text of a cell without a badge, which is a picture on another host."""
+    return re.sub(r"^\[!\[.*?\]\(https:.*?\)\]\(https:.*?\)$\n*", "", source(cell), flags=re.MULTILINE)
+
+
+def link(config, found):
+    """A link of a notebook to a file of the repository, as a link of the site where it is a page."""
+    address = found[1]
+    file, hash_, anchor = address.partition("#")
+    if file.endswith(".ipynb"):
+        file = f"{PurePosixPath(file).stem}.md"
+    elif file.startswith("../docs/"):
+        file = "../" + file.removeprefix("../docs/")
+    else:
+        inside = file.removeprefix("../") if file.startswith("../") else f"notebooks/{file}"
+        file = f"{config.repo_url}/blob/main/{inside}"
+    return f"]({file}{hash_}{anchor})"
+
+
+def shown(output, path, numbers):
+    """What a cell printed or drew."""
+    if is_picture(output):
+        number = next(numbers)
+        return f"![Picture {number} of {short_title(path)!r}]({path.stem}/{number}.png)"
+    text = "".join(output.get("text") or output["data"]["text/plain"])
+    text = "\n".join(line.rpartition("\r")[2] for line in text.rstrip().split("\n"))
+    return fenced(text, "{ .text .output }")
+
+
+def fenced(text, language):
+    longest = max(map(len, re.findall(r"^`+", text, re.MULTILINE)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+# -------------------------------------------------------------------- the gallery
+
+ROW = re.compile(r"^\| \[.*?\]\(\.\./notebooks/(\w+)\.ipynb\) \| (.*?) \| (.*?) \|\n", re.MULTILINE)
+
+
+def with_gallery(markdown):
+    """The rows of the table as cards: a picture, the title, the story, what it is held against."""
+    rows = {found[1]: found for found in ROW.finditer(markdown)}
+    if list(rows) != [path.stem for path in notebooks()]:
+        raise PluginError("notebooks.md: the table does not list the notebooks there are, in order")
+    cards = [card(path, *rows[path.stem].groups()[1:]) for path in notebooks()]
+    gallery = '<div class="gallery" markdown>\n\n' + "\n\n".join(cards) + "\n\n</div>\n"
+    first = ROW.search(markdown).start()
+    above = markdown[:first].rstrip("\n").rsplit("\n", 2)[0]  # without the table's head
+    below = ROW.sub("", markdown[first:])
+    return f"{above}\n\n{gallery}{below}"
+
+
+def card(path, story, against):
+    number = PICTURE.get(path.stem, 1)
+    number = number if number <= len(pictures(path)) else 1
+    page = f"notebooks/{path.stem}.md"
+    return "\n\n".join([
+        '<div class="card" markdown>',
+        f"[![](notebooks/{path.stem}/{number}.png)]({page})",
+        f"[{title(path)}]({page})\n{{ .card-title }}",
+        f"{story[0].upper()}{story[1:]}.",
+        f"Held against: {against}.\n{{ .card-against }}",
+        "</div>",
+    ])
