@@ -46,7 +46,9 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(content, page, config, files):
     """Formulas become MathML, which browsers show by themselves."""
     return re.sub(
-        r'<(span|div) class="arithmatex">(.*?)</\1>', functools.partial(formula, page), content,
+        r'<(span|div) class="arithmatex">(.*?)</\1>',
+        functools.partial(formula, page),
+        content,
         flags=re.DOTALL,
     )
 
@@ -54,6 +56,11 @@ def on_page_content(content, page, config, files):
 def on_post_page(output, page, config):
     """The link to the repository stays; the theme no longer asks its host for a count of stars."""
     return output.replace(' data-md-component="source"', "")
+
+
+def on_post_template(output_content, template_name, config):
+    """So with the page that says that there is no such page."""
+    return on_post_page(output_content, template_name, config)
 
 
 def formula(page, found):
@@ -111,24 +118,29 @@ def as_page(path, config):
     numbers = iter(range(1, 1 + len(pictures(path))))
     head, *rest = (as_markdown(cell, path, numbers, config) for cell in cells(path))
     heading, _, story = head.partition("\n")
-    front = "---\nhide: [toc]\n---"
+    front = "---\nhide: [toc]\nsearch:\n  boost: 0.5\n---"
     return "\n\n".join([front, heading, links, story.strip(), *rest]) + "\n"
 
 
 def as_markdown(cell, path, numbers, config):
     """A cell with what it printed and drew."""
     if cell["cell_type"] == "markdown":
-        return re.sub(r"\]\((?!\w+:|#)(.*?)\)", functools.partial(link, config), without_badge(cell))
+        return re.sub(
+            r"\]\((?!\w+:|#)(.*?)\)", functools.partial(link, config), without_badge(cell)
+        )
     code = fenced(source(cell), "python")
     if "%pip" in code:
-        code = f"<details markdown><summary>Installs what is needed</summary>\n\n{code}\n\n</details>"
+        head = "<details markdown data-search-exclude><summary>Installs what is needed</summary>"
+        code = f"{head}\n\n{code}\n\n</details>"
     outputs = (shown(output, path, numbers) for output in cell["outputs"])
     return "\n\n".join([code, *outputs])
 
 
 def without_badge(cell):
     """The text of a cell without a badge, which is a picture on another host."""
-    return re.sub(r"^\[!\[.*?\]\(https:.*?\)\]\(https:.*?\)$\n*", "", source(cell), flags=re.MULTILINE)
+    return re.sub(
+        r"^\[!\[.*?\]\(https:.*?\)\]\(https:.*?\)$\n*", "", source(cell), flags=re.MULTILINE
+    )
 
 
 def link(config, found):
@@ -167,7 +179,7 @@ ROW = re.compile(r"^\| \[.*?\]\(\.\./notebooks/(\w+)\.ipynb\) \| (.*?) \| (.*?) 
 
 
 def with_gallery(markdown):
-    """The rows of the table as cards: a picture, the title, the story, what it is held against."""
+    """The rows of the table as cards: a picture, the title, the story, what it is compared with."""
     rows = {found[1]: found for found in ROW.finditer(markdown)}
     if list(rows) != [path.stem for path in notebooks()]:
         raise PluginError("notebooks.md: the table does not list the notebooks there are, in order")
@@ -183,11 +195,13 @@ def card(path, story, against):
     number = PICTURE.get(path.stem, 1)
     number = number if number <= len(pictures(path)) else 1
     page = f"notebooks/{path.stem}.md"
-    return "\n\n".join([
-        '<div class="card" markdown>',
-        f"[![](notebooks/{path.stem}/{number}.png)]({page})",
-        f"[{title(path)}]({page})\n{{ .card-title }}",
-        f"{story[0].upper()}{story[1:]}.",
-        f"Held against: {against}.\n{{ .card-against }}",
-        "</div>",
-    ])
+    return "\n\n".join(
+        [
+            '<div class="card" markdown>',
+            f"[![](notebooks/{path.stem}/{number}.png)]({page})",
+            f"[{title(path)}]({page})\n{{ .card-title }}",
+            story,
+            f"Compared with: {against}.\n{{ .card-compared }}",
+            "</div>",
+        ]
+    )

@@ -1,6 +1,5 @@
-"""A headless Chromium for tests: what it is told goes over WebDriver's own protocol, as JSON."""
+"""A headless Chromium for tests. It is told what to do over WebDriver's protocol, as JSON."""
 
-import base64
 import json
 import re
 import shutil
@@ -9,13 +8,19 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+from harness import PATIENCE
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 DRIVER = shutil.which("chromedriver")
-# Without a screen, and silent: it asks no host but this one, so a page that needs another fails.
-FLAGS = """
-  --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
-  --disable-background-networking --disable-component-update --disable-sync
-""".split() + ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+# It finds no host but this one, so a page that needs another one reports an error.
+FLAGS = [
+    *"--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage".split(),
+    *"--no-first-run --no-proxy-server --disable-background-networking".split(),
+    *"--disable-component-update --disable-sync".split(),
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]
+CALL = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class Browser:
@@ -27,66 +32,66 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         self._driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, text=True)
-        said = iter(self._driver.stdout.readline, "")
-        port = next(found[1] for line in said if (found := re.search(r"successfully on port (\d+)", line)))
-        self._session = f"http://127.0.0.1:{port}/session"
-        options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self._session = None
         try:
-            made = self._post("", {"capabilities": {"alwaysMatch": wanted}})
+            said = iter(self._driver.stdout.readline, "")
+            ports = (re.search(r"successfully on port (\d+)", line) for line in said)
+            sessions = f"http://127.0.0.1:{next(filter(None, ports))[1]}/session"
+            made = call(sessions, {"capabilities": {"alwaysMatch": capabilities(profile)}})
+            self._session = f"{sessions}/{made['sessionId']}"
         except BaseException:
             self.close()
             raise
-        self._session += f"/{made['sessionId']}"
 
     def close(self) -> None:
         """Ends the browser, and the driver with it."""
         try:
-            if not self._session.endswith("/session"):
-                urllib.request.urlopen(urllib.request.Request(self._session, method="DELETE")).close()
+            if self._session:
+                call(self._session, None, "DELETE")
         finally:
             self._driver.terminate()
             self._driver.wait()
             self._driver.stdout.close()
 
-    def _post(self, command: str, body: dict) -> Any:
-        request = urllib.request.Request(
-            self._session + command,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["value"]
+    def resize(self, width: int, height: int = 900) -> None:
+        """Gives the window another size; a narrow one is a phone's."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._devtools("Emulation.setDeviceMetricsOverride", size)
 
-    def width(self, pixels: int, height: int = 900) -> None:
-        """A window of this size; narrow ones are those of a phone."""
-        how = {"width": pixels, "height": height, "deviceScaleFactor": 1, "mobile": pixels < 600}
-        self._chrome("Emulation.setDeviceMetricsOverride", how)
-
-    def dark(self, wanted: bool) -> None:
-        """What the system says to a page that asks for a dark or a light scheme."""
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if wanted else "light"}
-        self._chrome("Emulation.setEmulatedMedia", {"features": [scheme]})
-
-    def _chrome(self, name: str, parameters: dict) -> Any:
-        return self._post("/goog/cdp/execute", {"cmd": name, "params": parameters})
+    def prefer(self, scheme: str) -> None:
+        """Says, as the reader's system would, that pages should be "dark" or "light"."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self._devtools("Emulation.setEmulatedMedia", {"features": [feature]})
 
     def visit(self, address: str) -> None:
-        """Loads a page and all that it shows."""
-        self._post("/url", {"url": address})
+        """Loads a page with all that it shows."""
+        call(f"{self._session}/url", {"url": address})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a function's body in JavaScript returns."""
-        return self._post("/execute/sync", {"script": script, "args": arguments})
+        """Runs the body of a function in JavaScript, and gives what it returns."""
+        return call(f"{self._session}/execute/sync", {"script": script, "args": arguments})
 
-    def errors(self) -> list[str]:
-        """What the console has said since it was last asked, if it is more than a remark."""
-        said = self._post("/se/log", {"type": "browser"})
+    def complaints(self) -> list[str]:
+        """The errors and warnings on the console since the last call of this method."""
+        said = call(f"{self._session}/se/log", {"type": "browser"})
         return [line["message"] for line in said if line["level"] in ("WARNING", "SEVERE")]
 
-    def picture(self, whole: bool = False) -> bytes:
-        """A PNG of what the window shows, or of the whole page."""
-        shot = self._chrome(
-            "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole}
-        )
-        return base64.b64decode(shot["data"])
+    def _devtools(self, name: str, parameters: dict) -> Any:
+        return call(f"{self._session}/goog/cdp/execute", {"cmd": name, "params": parameters})
+
+
+def capabilities(profile: Path) -> dict:
+    """The browser that the driver is to start."""
+    return {
+        "goog:chromeOptions": {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]},
+        "goog:loggingPrefs": {"browser": "ALL"},
+    }
+
+
+def call(address: str, body: dict | None, method: str = "POST") -> Any:
+    """Sends a command to the driver."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, data, headers, method=method)
+    with CALL(request, timeout=PATIENCE) as answer:
+        return json.load(answer)["value"]
