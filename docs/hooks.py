@@ -144,7 +144,7 @@ def without_badge(cell):
 
 
 def link(config, found):
-    """A link of a notebook to a file of the repository, as a link of the site where it is a page."""
+    """A link of a notebook to another file, as a link to that page or to the repository."""
     address = found[1]
     file, hash_, anchor = address.partition("#")
     if file.endswith(".ipynb"):

@@ -1,4 +1,4 @@
-"""The built site, looked at in a browser: pages load and fit, links lead somewhere, search finds."""
+"""The built site, looked at in a browser: pages load and fit, no link is dead, search finds."""
 
 import functools
 import json
