@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import PATIENCE
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ("google-chrome", "chromium", "chromium-browser")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 DRIVER = shutil.which("chromedriver")
 # It finds no host but this one, so a page that needs another one reports an error.
