@@ -1,8 +1,9 @@
-"""What MkDocs does besides for this site: formulas, the notebooks, and no other host."""
+"""What this site adds to MkDocs: formulas in MathML, notebooks as pages, and no other host."""
 
 import base64
 import functools
 import html
+import itertools
 import json
 import re
 from pathlib import Path, PurePosixPath
@@ -59,7 +60,7 @@ def on_post_page(output, page, config):
 
 
 def on_post_template(output_content, template_name, config):
-    """So with the page that says that there is no such page."""
+    """The same for the page that a reader of a wrong address gets."""
     return on_post_page(output_content, template_name, config)
 
 
@@ -81,7 +82,6 @@ def notebooks():
     return sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-@functools.cache
 def cells(path):
     return json.loads(path.read_text("utf-8"))["cells"]
 
@@ -92,7 +92,8 @@ def source(cell):
 
 def title(path):
     """The heading of a notebook."""
-    return re.match(r"# (.*)", source(cells(path)[0]))[1]
+    texts = (source(cell) for cell in cells(path) if cell["cell_type"] == "markdown")
+    return re.search(r"^# (.*)", "\n\n".join(texts), re.MULTILINE)[1]
 
 
 def short_title(path):
@@ -115,11 +116,11 @@ def as_page(path, config):
     where = f"{config.repo_url}/blob/main/notebooks/{path.name}"
     colab = where.replace("https://github.com", "https://colab.research.google.com/github")
     links = f"[Open in Colab]({colab}) · [The notebook]({where})\n{{ .notebook-links }}"
-    numbers = iter(range(1, 1 + len(pictures(path))))
-    head, *rest = (as_markdown(cell, path, numbers, config) for cell in cells(path))
-    heading, _, story = head.partition("\n")
-    front = "---\nhide: [toc]\nsearch:\n  boost: 0.5\n---"
-    return "\n\n".join([front, heading, links, story.strip(), *rest]) + "\n"
+    numbers = itertools.count(1)
+    text = "\n\n".join(as_markdown(cell, path, numbers, config) for cell in cells(path))
+    heading = f"# {title(path)}\n"
+    text = text.replace(heading, f"{heading}\n{links}\n", 1)
+    return f"---\nhide: [toc]\nsearch:\n  boost: 0.5\n---\n\n{text}\n"
 
 
 def as_markdown(cell, path, numbers, config):
@@ -138,15 +139,13 @@ def as_markdown(cell, path, numbers, config):
 
 def without_badge(cell):
     """The text of a cell without a badge, which is a picture on another host."""
-    return re.sub(
-        r"^\[!\[.*?\]\(https:.*?\)\]\(https:.*?\)$\n*", "", source(cell), flags=re.MULTILINE
-    )
+    badge = r"\[!\[.*?\]\(https:.*?\)\]\(https:.*?\)|<a [^>]*><img [^>]*></a>"
+    return re.sub(rf"^(?:{badge})$\n*", "", source(cell), flags=re.MULTILINE)
 
 
 def link(config, found):
     """A link of a notebook to another file, as a link to that page or to the repository."""
-    address = found[1]
-    file, hash_, anchor = address.partition("#")
+    file, hash_, anchor = found[1].partition("#")
     if file.endswith(".ipynb"):
         file = f"{PurePosixPath(file).stem}.md"
     elif file.startswith("../docs/"):
