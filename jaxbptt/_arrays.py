@@ -49,6 +49,7 @@ def as_strong_arrays(
             raise _errors.too_large(path, leaf, kind, returned=blame == "step") from cause
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return leaf
+        # Of its own dtype, and so a strong type: nothing else changes.
         return lax.convert_element_type(leaf, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -61,6 +62,7 @@ def check_range(leaf: Any, name: str, path: Any = (), *, returned: bool = False)
     kind = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if kind == leaf.dtype or not leaf.size:
         return
+    # Between the two all others fit.
     for number in (int(leaf.min()), int(leaf.max())):
         if not np.iinfo(kind).min <= number <= np.iinfo(kind).max:
             where = name + jax.tree_util.keystr(path)
@@ -99,6 +101,7 @@ def zeros(aval: Any) -> jax.Array:
 def filled(aval: Any, number: int) -> jax.Array:
     """The same with another number everywhere, as far as the dtype has it."""
     kind = leaf_type(aval)
+    # Where it lies and over what it varies belongs to its type inside of loops and maps.
     array = jnp.full(kind.shape, number, kind.dtype, device=kind.sharding)
     if kind.memory is not None:
         array = jax.device_put(array, kind.memory)

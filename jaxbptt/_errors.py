@@ -1,5 +1,6 @@
 """Builds every message: which argument, what was expected, what came, where, what to do."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -369,6 +370,18 @@ def carry_with_pace() -> ValueError:
         "cotangent, which comes after the call is over. Make it part of y, or use a recorder "
         "without a pace."
     )
+
+
+def warn_of_parameters(stored: int, current: int) -> None:
+    """Warns of a ring that is mostly copies of the parameters, from its bytes with and without."""
+    if 2 * (stored - current) > stored:
+        warnings.warn(
+            f"the ring has {stored:,} bytes, of which {stored - current:,} are copies of the "
+            "parameters and of what depends on them alone, one for each step of the window. "
+            f"record(..., weights='current') keeps none of these and takes {current:,} bytes; it "
+            "differentiates past steps at the current parameters.",
+            stacklevel=4,
+        )
 
 
 def rows_of(ct_ys: TreeType, window: int) -> int:

@@ -28,6 +28,7 @@ def takes_more(function: Callable, name: str, few: tuple[str, ...], more: tuple[
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return False
+    # If both fit, the shorter list: what has a default does not ask for more.
     fits = [_can_bind(signature, len(names)) for names in (few, more)]
     if any(fits):
         return not fits[0]

@@ -80,6 +80,7 @@ def is_one_leaf(tree: PyTree) -> bool:
 def in_words(tree: PyTree, most: int = 60) -> str:
     """The types of a tree of arrays on one line; of a large tree only how many leaves it has."""
 
+    # Types are written without the quotes that `repr` puts around strings.
     class Word(str):
         __repr__ = str.__str__
 

@@ -46,6 +46,7 @@ def tape_from_state_dict(tape: Tape, state: dict[str, Any]) -> Tape:
             "the state of a tape must be what flax.serialization.to_state_dict made of one, but "
             f"{missing[0]!r} is missing. Restore it into a tape of the same recorder's init."
         )
+    # A ring of another step may have the same shapes, and would give a wrong gradient in silence.
     if not np.array_equal(state["step"], _step(tape)):
         raise ValueError(
             "the target must be a tape of the same step, under the same JAX, but the one that was "
@@ -66,6 +67,7 @@ def _restored(like: PyTree, state: Any, name: str) -> PyTree:
     def one(path: Any, like: Any, read: Any) -> jax.Array:
         value = jnp.asarray(read)
         if _is_key(like):
+            # Of a struct JAX can't tell the implementation: then it is the default one.
             impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
             value = jax.random.wrap_key_data(value, impl=impl)
         if leaf_type(value) != leaf_type(like):

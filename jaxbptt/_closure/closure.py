@@ -33,6 +33,7 @@ from jaxbptt._jaxprs.evaluate import (
     leaves_explicit_axes,
     on_other_axes,
     without_calls,
+    without_repeats,
 )
 from jaxbptt._types import LeafType, PyTree, StepFn, TreeType, leaf_type, type_of
 from jaxbptt._windows import Windows
@@ -111,6 +112,7 @@ class Closure:
 
     def run(self, params: list, carry: list, x: list) -> Outcome:
         """Runs the step."""
+        # The program's outputs are the step's own, then all residuals; of these some are recorded.
         outs = self.forward(*self.closed_over, *params, *carry, *x)
         outputs, recorded, invariant = (
             self.layout.outputs,
@@ -239,6 +241,7 @@ def _followed(jaxpr: core.Jaxpr, inputs: Inputs, sources: Sources) -> Inputs:
     groups = sources.closed_over, of_params, sources.carry, sources.x
     first = len(sources.closed_over) + len(of_params)
     carry = slice(first, first + len(inputs.carry))
+    # A leaf of the carry that no source reaches has no cotangent that anybody could ask for.
     flags = with_carry(jaxpr, [flag for group in groups for flag in group], carry)
     return Inputs(sources.closed_over, of_params, tuple(flags[carry]), sources.x)
 
@@ -270,6 +273,8 @@ def _widest(closure_of: Callable[[Sources], Closure], inputs: Inputs) -> Closure
         attempt(kept)
     except Exception:
         raise missed from None  # it is on the path from the parameters
+    # Halves are tried until each leaf that spoils the derivative is alone: few do, so that few of
+    # the attempts fail.
     untried = [candidates]
     while untried:
         some = untried.pop()
@@ -305,6 +310,8 @@ def close(
         stored: whether values that depend on parameters alone go on the ring too.
         references: whether the step writes to references.
     """
+    # The step is traced forwards with all that its derivative keeps; what of it goes on record is
+    # decided after that, and the derivative is traced once more from what is on record.
     leaves, mask = ([leaf for group in groups for leaf in group] for groups in (inputs, followed))
     of_outs = followed.carry + followed_y
     found = _differentiated(run, leaves, mask, of_outs, references)
@@ -317,6 +324,7 @@ def close(
     kinds = [v.aval for v in pick(of_outs, jaxpr.outvars[: len(of_outs)])]
     last = kinds if references else [v.aval for v in pick(mask, jaxpr.invars)]
     linear = _linear_map(found.treedef, residuals, last, references)
+    # Where nothing of the carry is followed a window says how many slots there are, and no more.
     of_lambda = pick(followed.carry, windows) if any(followed.carry) else []
     return Closure(
         closed_over=list(inputs.closed_over),
@@ -359,6 +367,8 @@ def _differentiated(
     found: list[jax.tree_util.PyTreeDef] = []
 
     def with_residuals(*leaves: Any) -> list:
+        # Integers, keys and leaves that are not followed are constants here: JAX would give them
+        # float0 tangents.
         def primal(*given: Any) -> tuple[list, list]:
             outs = run(combine(mask, given, pick(mask, leaves, False)))
             return pick(of_outs, outs[: len(of_outs)]), outs
@@ -371,7 +381,8 @@ def _differentiated(
 
     with_calls = jax.make_jaxpr(with_residuals)(*leaves)
     (treedef,) = found
-    return _Differentiated(with_calls.jaxpr, without_calls(with_calls, leaves), treedef)
+    forward = without_repeats(without_calls(with_calls, leaves))
+    return _Differentiated(with_calls.jaxpr, forward, treedef)
 
 
 def _linear_map(
@@ -394,7 +405,7 @@ def _linear_map(
     traced = jax.make_jaxpr(run)(*structs)
     if references:
         return in_one_piece(traced)
-    return without_calls(traced, [*structs[0], *structs[1]])
+    return without_repeats(without_calls(traced, [*structs[0], *structs[1]]))
 
 
 def pick(mask: Sequence[bool], leaves: Sequence, which: bool = True) -> list:

@@ -144,6 +144,7 @@ class Contraction:
 
     def contract(self, operands: list) -> list[jax.Array]:
         """The products and reductions of the stacked operands, over all lags."""
+        # A product has whole stacks for operands now, and the lag is one more axis to contract.
         stacks = dict(zip(self.operands, operands, strict=True))
         made = [_over_lags(p, *(stacks[v] for v in p.eqn.invars)) for p in self.products]
         for eqn in self.reductions:
@@ -168,6 +169,7 @@ class Contraction:
         summed = [*(eqn.outvars[0] for eqn in self.scatters), *self.summed_as_is]
         env.update(zip(summed, sums, strict=True))
         env.update(zip(self._contracted(), contracted, strict=True))
+        # These are linear: run once on the sum they give what they would have given at each lag.
         for eqn in self.after_loop:
             values = [widened(v) for v in values_of(eqn.invars, env)]
             env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
@@ -200,6 +202,7 @@ def divide_pullback(
         fewest: products of two vectors that have fewer numbers are summed in the loop.
     """
     jaxpr = program.jaxpr
+    # JAX fills in zeros where no cotangent arrives. Known as ZERO they cost nothing further on.
     maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     weights, outs = ([ZERO if _is_zero(v, maker) else v for v in vs] for vs in (weights, outs))
     constant = _invariant(jaxpr, invariant)
@@ -269,6 +272,8 @@ def _walk_back(
     """The linear passes between the leaves and the weights, and what the loop itself needs."""
     in_loop, to_weights = set(outs), set(weights)
     after = []
+    # Backwards, whatever reads a variable is seen before the equation that makes it: an equation
+    # runs after the loop if it is a pass, a weight needs it and the loop does not.
     for eqn in reversed(eqns):
         if constant.issuperset(eqn.outvars):
             continue
@@ -288,6 +293,7 @@ def _is_pass(eqn: core.JaxprEqn, constant: set, maker: Maker) -> bool:
     moving = [v for v in variables(eqn.invars) if v not in constant]
     if others or not moving:
         return False
+    # A term that does not move would be added once instead of once at each lag.
     if name in JOINT_PASSES:
         return len(moving) == len(eqn.invars)
     if name not in PASSES or len(moving) != 1:
@@ -301,6 +307,7 @@ def _is_pass(eqn: core.JaxprEqn, constant: set, maker: Maker) -> bool:
         return _widens(moving[0].aval, out.aval) and _is_summed_wide(moving[0], maker)
     if name == "pad" and not _is_zero(eqn.invars[1], maker):
         return False
+    # The other operands, such as a divisor or the indices of a gather, are constant.
     return moving[0] is eqn.invars[0]
 
 
@@ -340,6 +347,8 @@ def _worthwhile(products: list[core.JaxprEqn], constant: set) -> tuple[list, lis
     for _ in range(2):  # an operand that one product pays for is free to another before it
         for eqn in products:
             product: Any = eqn.outvars[0]
+            # Stacked operands are written once and read once, where a sum in the loop is read and
+            # written at each lag.
             size = sum(v.aval.size for v in set(variables(eqn.invars)) if v not in operands)
             if at_most(size, _WORTH * product.aval.size) and not constant.intersection(eqn.invars):
                 chosen[id(eqn)] = eqn
@@ -360,6 +369,7 @@ def _added_up(leaves: list, passes: list[core.JaxprEqn], weights: list[Atom]) ->
         out: Any = eqn.outvars[0]
         terms = set(variables(eqn.invars))
         if eqn.primitive.name in ("add", "add_any") and len(terms) == 2:
+            # Read by this addition alone, neither term's own sum is of use to anything.
             alone = all(v in kept and reads[v] == 1 for v in terms)
             if alone and not is_half_precision(out.aval.dtype):
                 for v in terms:
@@ -377,12 +387,15 @@ def _turned(leaves: list, after: list[core.JaxprEqn]) -> dict[Any, core.JaxprEqn
     for eqn in after:
         for v in variables(eqn.invars):
             readers.get(v, []).append(eqn)
+    # With a second reader the leaf is needed as it is as well.
     only = {v: eqns[0] for v, eqns in readers.items() if len(eqns) == 1}
     return {v: eqn for v, eqn in only.items() if eqn.primitive.name == "transpose"}
 
 
 def _product(eqn: core.JaxprEqn, transpose: core.JaxprEqn | None) -> Product:
     """The product itself, or with its operands changed over where that is its transposition."""
+    # What a product makes has the batch's axes in front, then those of the left operand, then those
+    # of the right one; operands that change places exchange the last two groups.
     (left, _), (batch, _) = eqn.params["dimension_numbers"]
     operand: Any = eqn.invars[0]
     out: Any = eqn.outvars[0]
@@ -416,6 +429,7 @@ def _scatter(
 
 def _over_lags(product: Product, left: jax.Array, right: jax.Array) -> jax.Array:
     """The sum over the first axis of a product: that axis contracted too."""
+    # The lag is the first axis of both stacks: all other axes move up by one.
     params = product.eqn.params
     contract, batch = params["dimension_numbers"]
     contract = tuple((0, *(axis + 1 for axis in axes)) for axes in contract)

@@ -103,12 +103,14 @@ class Linearization:
         """How much more than elementwise work leads to the outputs that are alive."""
         if self.is_pullback:
             return len(self.jaxpr.eqns)  # it does all the work in any case
+        # Transposed, an equation is run for those outputs that it leads to.
         outs = [v for v, a in zip(self.jaxpr.outvars, alive, strict=True) if a]
         eqns = needed(self.jaxpr.eqns, variables(outs))
         return sum(eqn.primitive.name in HEAVY for eqn in eqns)
 
     def pull(self, consts: list, alive: Mask) -> Program:
         """From residuals and the cotangents that are alive, traced once for each set of these."""
+        # A window asks for the same few sets of outputs at every call.
         if alive not in self._pulls:
             self._pulls[alive] = self._trace(alive)
         jaxpr, own = self._pulls[alive].jaxpr, self._pulls[alive].consts
@@ -133,6 +135,7 @@ class Linearization:
                 kinds = zip(self.outputs, alive, strict=True)
                 return run(*residuals, *(next(rest) if a else zeros(kind) for kind, a in kinds))
 
+            # Only what leads to these outputs is transposed: JAX would pull zeros back as well.
             def outputs_alive(*tangents: Any) -> list:
                 outs = run(*residuals, *tangents)
                 return [v for v, a in zip(outs, alive, strict=True) if a]

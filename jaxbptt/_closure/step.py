@@ -24,6 +24,8 @@ def trace_step(
 
     def checked(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         own = own_containers(params, carry, x)
+        # Some containers make their leaves anew whenever they are looked at: of those nothing can
+        # be told by comparing the leaves before and after.
         before = jax.tree.leaves(own[0])
         steady = all(map(operator.is_, before, jax.tree.leaves(own[0])))
         pair = step(*own)
@@ -52,6 +54,7 @@ def trace_step(
         y = as_strong_arrays(y, "y", blame="step")
         return new_carry, y, as_strong_arrays(aux, "aux", blame="step")
 
+    # What the step closes over, arrays and tracers alike, JAX hands out as constants.
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
     refuse_references(closed.jaxpr.constvars)
     return closed, type_of(shapes)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays
+from jaxbptt._arrays import as_strong_arrays, widened
 from jaxbptt._closure.closure import combine
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._transforms.cotangents import with_float0
@@ -129,8 +129,6 @@ def _norms(mask: Mask, norms: list, primal: PyTree, window: int) -> PyTree:
 
 def _norm(value: jax.Array) -> jax.Array:
     """The Euclidean norm, in float32 at least."""
-    value = jnp.abs(value)
     # In half precision squares would overflow, and their sum lose digits.
-    if jnp.finfo(value.dtype).bits < 32:
-        value = value.astype(jnp.float32)
+    value = widened(jnp.abs(value))
     return jnp.sqrt(jnp.sum(value * value))

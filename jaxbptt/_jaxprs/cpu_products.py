@@ -30,6 +30,7 @@ def bind_product(eqn: core.JaxprEqn, values: list) -> list:
 
     def turned(left: jax.Array, right: jax.Array) -> jax.Array:
         precision = eqn.params["precision"]
+        # The weight in front, the rows turned: this is the product that is wanted, turned.
         product = lax.dot_general(
             right,
             lax.optimization_barrier(left.T),
@@ -39,6 +40,7 @@ def bind_product(eqn: core.JaxprEqn, values: list) -> list:
         )
         return lax.optimization_barrier(product).T
 
+    # Chosen when the program is compiled: the same trace may be lowered for several platforms.
     return [lax.platform_dependent(*values, cpu=turned, default=plain)]
 
 

@@ -43,6 +43,8 @@ def with_carry(jaxpr: core.Jaxpr, perturbed: Sequence[bool], carry: slice) -> Ma
     """The perturbed inputs of a loop's body, whose first outputs are its next carry."""
     flags = list(perturbed)
     while True:
+        # A leaf of the carry that comes out perturbed enters the next iteration so. Each round
+        # perturbs one leaf more, or is the last.
         outs = reached(jaxpr, flags)[: carry.stop - carry.start]
         joined = [a or b for a, b in zip(flags[carry], outs, strict=True)]
         if joined == flags[carry]:
@@ -63,6 +65,7 @@ def _reached_by(eqn: core.JaxprEqn, perturbed: Mask) -> Mask:
         body = params["jaxpr"].jaxpr
         return reached(body, with_carry(body, perturbed, slice(consts, consts + carries)))
     if name == "while":
+        # The condition gives a boolean, which has no derivative.
         of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
         body, flags = params["body_jaxpr"].jaxpr, perturbed[of_cond:]
         return with_carry(body, flags, slice(of_body, len(flags)))[of_body:]

@@ -12,7 +12,7 @@ from jax.extend import core
 
 from jaxbptt._arrays import struct_like
 from jaxbptt._compat import bind_params
-from jaxbptt._jaxprs.primitives import CALLS
+from jaxbptt._jaxprs.primitives import CALLS, MOVABLE
 from jaxbptt._types import explicit
 
 
@@ -113,6 +113,45 @@ def without_calls(closed: core.ClosedJaxpr, structs: Sequence) -> core.ClosedJax
     return jax.make_jaxpr(run)(*structs)
 
 
+def without_repeats(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The same program where no pure equation computes what one before it has computed.
+
+    XLA would merge them as well, but not the residuals that both leave on record, nor the two
+    sums over the lags that their cotangents would be added up in.
+    """
+    merged: dict[Any, Any] = {}  # a variable of a repeated equation: that of the first
+    firsts: dict[Any, core.JaxprEqn] = {}
+    kept = []
+    for eqn in closed.jaxpr.eqns:
+        operands = [merged.get(v, v) if isinstance(v, core.Var) else v for v in eqn.invars]
+        eqn = eqn.replace(invars=operands)
+        first = firsts.setdefault(_what_it_computes(eqn), eqn)
+        if first is eqn:
+            kept.append(eqn)
+        else:
+            merged.update(zip(eqn.outvars, first.outvars, strict=True))
+    if not merged:
+        return closed
+    outvars = [merged.get(v, v) if isinstance(v, core.Var) else v for v in closed.jaxpr.outvars]
+    return core.ClosedJaxpr(closed.jaxpr.replace(eqns=kept, outvars=outvars), closed.consts)
+
+
+def _what_it_computes(eqn: core.JaxprEqn) -> Any:
+    """A key that two equations share only if they compute the same; for most kinds, none do."""
+    if eqn.primitive.name not in MOVABLE:
+        return id(eqn)
+    # A literal by how it is written: 0.0 and -0.0 are equal to Python. The types of the results
+    # tell apart what an enclosing mesh or axis makes of an equation.
+    operands = [v if isinstance(v, core.Var) else (repr(v.val), v.aval) for v in eqn.invars]
+    results = [v.aval for v in eqn.outvars]
+    key = eqn.primitive, *eqn.params.values(), eqn.ctx, *operands, *results
+    try:
+        hash(key)
+    except TypeError:
+        return id(eqn)
+    return key
+
+
 def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """The same program as one equation if it writes to references, else as it is.
 
@@ -140,6 +179,7 @@ def has_references(jaxpr: core.Jaxpr, *, deep: bool = False) -> bool:
 
 def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """The programs that an equation runs, in whatever way."""
+    # Which parameter holds a program, alone or among others, differs from primitive to primitive.
     for value in eqn.params.values():
         for each in value if isinstance(value, tuple | list) else [value]:
             each = each.jaxpr if isinstance(each, core.ClosedJaxpr) else each
@@ -179,6 +219,7 @@ def needed(
     """The equations that make the wanted variables, and those with side effects if asked for."""
     wanted, kept = set(wanted), []
     for eqn in reversed(list(eqns)):
+        # Backwards: all that reads what an equation makes has been seen when it is its turn.
         if wanted.intersection(eqn.outvars) or (effects and acts(eqn)):
             kept.append(eqn)
             wanted.update(variables(eqn.invars))

@@ -63,6 +63,7 @@ def _rule(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
         return _outputs(*_inner(eqn, kinds))
     if name == "scan":
         return _scan(eqn, kinds)
+    # Which branch runs may not depend on what moves.
     if name == "cond" and kinds[0] == FIXED:
         branches = [_outputs(b.jaxpr, kinds[1:]) for b in eqn.params["branches"]]
         return [_joined(list(each)) for each in zip(*branches, strict=True)]
@@ -81,6 +82,7 @@ def _still(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
             return _scan(eqn, kinds) if name == "scan" else _outputs(*_inner(eqn, kinds))
         except _NotLinearError:
             return [FIXED] * count
+    # What is linear in something makes zero of zero.
     as_moving = [MOVES if kind == ZERO else kind for kind in kinds]
     is_zero = name in BILINEAR or (not _fills(eqn) and _is_known(name, as_moving, count))
     return [ZERO if is_zero else FIXED] * count
@@ -139,6 +141,8 @@ def _scan(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
     carry, xs = kinds[consts : consts + carries], kinds[consts + carries :]
     while True:
         outs = _outputs(eqn.params["jaxpr"].jaxpr, [*kinds[:consts], *carry, *xs])
+        # A carry that begins at zero and comes out as moving moves from then on: to a fixpoint,
+        # which is found after as many rounds as there are leaves at most.
         joined = [_joined([a, b]) for a, b in zip(carry, outs, strict=False)]
         if joined == carry:
             return [*carry, *outs[carries:]]

@@ -60,6 +60,7 @@ class Fission:
 
     def temporaries(self, kept: Iterable[Atom]) -> int:
         """How many bytes one iteration adds to what a block holds, without those of `kept`."""
+        # What passes from one part to the next lies in memory for all iterations of a block.
         held = {*self.hoisted, *self.saved, *variables(self.stacked_outs)}
         scatters = [e for e in (*self.before, *self.after) if e.primitive.name == "scatter-add"]
         held |= _made(scatters)  # what else there is, the compiler makes in passing or in place
@@ -137,6 +138,8 @@ def _after(eqns: Eqns, constant: set, state_outs: list[Atom]) -> Eqns:
     """Of what the state does not need, the products that wait, and what needs them."""
     late: Eqns = []
     in_loop = set(variables(state_outs))
+    # Backwards, whatever reads a variable is seen before the equation that makes it. What cannot be
+    # moved stays, and with it all that it reads.
     for eqn in reversed(eqns):
         if _movable(eqn) and not in_loop.intersection(eqn.outvars):
             late.append(eqn)
@@ -180,10 +183,12 @@ def _waits(eqn: core.JaxprEqn, constant: set) -> bool:
     varying = [i for i, v in enumerate(eqn.invars) if isinstance(v, core.Var) and v not in constant]
     if len(varying) != 1:
         return False
+    # With both operands varying nothing is read twice; with neither, it is done once.
     (i,) = varying
     operand: Any = eqn.invars[i]
     shape = operand.aval.shape
     matrix = math.prod(shape[axis] for axis in (*contract[i], *batch[i]))
+    # As many numbers as `_ROWS` rows of the side that meets the matrix.
     return at_most(math.prod(shape), _ROWS * matrix)
 
 

@@ -55,6 +55,8 @@ def scan_stacking(
     if counted and at_most(size_in_bytes(kinds), plain):
         return lax_scan(trip, state, rows, length, reverse=reverse, unroll=unroll)
 
+    # The stacks travel in the state, for what lax.scan stacks itself it begins with zeros. The
+    # place is a row of its own, so that a reversed loop writes where lax.scan would.
     def one(state: Any, row: Any) -> tuple[Any, None]:
         (state, stacks), (place, row) = state, row
         state, outs = trip(state, row)
@@ -94,9 +96,12 @@ def block_size(
     """
     if not all(isinstance(n, int) for n in (length, a_step, held, spared, copied, in_parts)):
         return length  # symbolic dimensions: what there is room for is not known
+    # What `jax.vjp` would have kept beyond ours is there to be spent, and a share of the rest.
     allowed = int(_SHARE * (held + spared)) + spared
     if a_step * length <= max(allowed, in_parts):
         return length
+    # As large as memory allows, but of those sizes one that divides the length, if there is one: a
+    # block that is left over is compiled by itself.
     most = min(length, max(_FEWEST, allowed // (a_step + copied)))
     even = [size for size in range(most, most // 2, -1) if length % size == 0]
     return even[0] if even else most
@@ -131,6 +136,7 @@ def in_blocks(
     if rest:
         state, part = run(state, jnp.int32(length - rest if descending else 0), rest)
         parts.append(part)
+    # The rows left over are those that run first, so that all whole blocks are in one loop.
     starts = (0 if descending else rest) + block * jnp.arange(count, dtype=jnp.int32)
     of_block = [leaf_type(kind).stacked(block) for kind in kinds]
     state, outs = scan_stacking(

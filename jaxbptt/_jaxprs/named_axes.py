@@ -10,6 +10,7 @@ a collective would count it once more for each row. So what goes into the rules 
 out of them is made to look as if it were another in each row.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxbptt._arrays import is_inexact
-from jaxbptt._compat import varying, with_axes
+from jaxbptt._compat import call_with_rule, varying, with_axes
 from jaxbptt._jaxprs.evaluate import inner_jaxprs
 from jaxbptt._types import PyTree
 
@@ -27,6 +28,7 @@ Axes = tuple[tuple[Any, int], ...]  # names and sizes
 
 def axes_in_sight(eqns: Iterable[core.JaxprEqn]) -> Axes:
     """The mapped axes that equations name, to run them with later."""
+    # Looked up while the step is traced, where the map that has these axes still encloses it.
     names = dict.fromkeys(_named(eqns))
     return tuple((name, lax.axis_size(name)) for name in names if _is_in_sight(name))
 
@@ -50,7 +52,27 @@ def _is_in_sight(name: Any) -> bool:
     return True
 
 
-def run_in_sight(axes: Axes, function: Callable[[], PyTree]) -> PyTree:
+def with_rule(run: Callable, forward: Callable, backward: Callable, axes: Axes) -> Callable:
+    """A function with a derivative of its own, whose rules find these axes in sight.
+
+    Args:
+        run: the function.
+        forward: of the same arguments, each leaf with a `value` and whether it is `perturbed`:
+            what `run` returns, and what `backward` needs.
+        backward: from that and the cotangents, some of them symbolic zeros, to those of
+            the arguments.
+        axes: the mapped axes that the rules name.
+    """
+    ruled = jax.custom_vjp(run)
+    ruled.defvjp(
+        lambda *args: _in_sight(axes, lambda: forward(*args)),
+        lambda saved, cts: _in_sight(axes, lambda: backward(saved, cts)),
+        symbolic_zeros=True,
+    )
+    return functools.partial(call_with_rule, ruled)
+
+
+def _in_sight(axes: Axes, function: Callable[[], PyTree]) -> PyTree:
     """What a function returns, which may close over arrays, with all these axes in sight."""
     missing = [(name, size) for name, size in axes if not _is_in_sight(name)]
     return with_axes(missing, function) if missing else function()

@@ -87,6 +87,7 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
 
 
 def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    # An output is known if it is known in every branch: which one runs is not decided here.
     index, operands = values[0], values[1:]
 
     def runner(branch: core.ClosedJaxpr) -> Callable[[list], list[Value]]:

@@ -38,6 +38,8 @@ def pull_group(
     closure, tape = closure_for(recorder, params, tape, x)
     leaves, rows = jax.tree.leaves(params), pending_rows(tape)
     window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows, steps, reach)
+    # ȳ comes in the leaves that could have a gradient; those of them that no path reaches are not
+    # followed, and drop out here.
     differentiable = tuple(
         v.differentiable for v in type_of(closure.layout.outputs.tree()[1]).leaves
     )

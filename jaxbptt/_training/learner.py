@@ -198,6 +198,8 @@ class Learner:
         check_pending(
             pending, jax.eval_shape(self._empty_pending, state.params, tape, x_struct(tape))
         )
+        # A full group has had its update, and its cotangents only lie there until they are written
+        # over.
         waiting = (phase_of(tape) > 0) & ~is_due(tape)
         finite = jnp.ones((), bool) if self.on_nonfinite == "clear" else None
         new = self._end_group(state, tape, pending, waiting, finite, full=False)
@@ -291,6 +293,7 @@ class Learner:
         """
         check_state(state)
 
+        # The step itself and not the recorder: nothing is written to a ring that nobody reads.
         def body(carry: PyTree, x: PyTree) -> tuple[PyTree, Metrics]:
             out = self._step_unrecorded(state.params, carry, x)
             return out.carry, Metrics(out.loss, out.aux, jnp.zeros((), bool))
@@ -354,6 +357,7 @@ class Learner:
     def _compiled(self) -> "_Compiled":
         """The compiled loop that equal learners share, as long as there is one of them."""
         try:
+            # Looked up by hash and compared afterwards: two learners may have the same hash.
             number = hash((self, self.recorder.step))
         except TypeError:  # steps, losses and optimisers need not be hashable
             return _Compiled(self)
@@ -438,6 +442,7 @@ class Learner:
         finite = None
         if self.on_nonfinite == "clear":
             finite = _all_finite((loss, made.tape.carry))
+        # What the loss itself adds by its params belongs to this step, and does not wait.
         grads = _ascent(trainable(made.grads), ct_params)
         new = self._apply_gradient(grads, state, loss, finite)
         tape = made.tape
@@ -465,6 +470,8 @@ class Learner:
             full: whether it is known to have `every` steps.
         """
         ct_ys = group.newest_last(tape, full=full)
+        # A group that may be short is masked by its number of steps; of a full one that is not
+        # needed.
         steps = None if full else phase_of(tape)
         return _ascent(
             pull_group(self.recorder, params, tape, ct_ys, steps, reach), group.ct_params
@@ -481,6 +488,7 @@ class Learner:
         if finite is None:
             params, opt_state = step()
             return _Updated(params, opt_state, jnp.ones((), bool), None)
+        # The gradient too: a finite loss can have an infinite derivative.
         finite = finite & _all_finite(grads)
         params, opt_state = lax.cond(finite, step, lambda: (state.params, state.opt_state))
         return _Updated(params, opt_state, finite, finite)

@@ -81,6 +81,8 @@ class Pending(NamedTuple):
         """
         rows = pending_rows(tape)
         steps = settings_of(tape).every if full else phase_of(tape)
+        # The newest step's row comes last: where the group is shorter than the ring, rows that the
+        # last group left are in front, and are masked.
         ordered = [jnp.roll(stack, -steps % rows, 0) for stack in self.ct_ys]
         if full:
             return ordered
@@ -152,6 +154,7 @@ def check_returned_carry(carry: PyTree, returned: PyTree) -> None:
 def check_same_dtypes(carry: PyTree, on_tape: PyTree) -> None:
     """Refuses a carry of other containers or dtypes; another batch is another shape."""
     expected, got = type_of(on_tape), type_of(carry)
+    # Shapes are taken from what came: an evaluation may have a batch of another size.
     if len(expected.leaves) == len(got.leaves):
         pairs = zip(expected.leaves, got.leaves, strict=True)
         leaves = tuple(LeafType(came.shape, made.dtype) for made, came in pairs)
@@ -172,6 +175,7 @@ def check_steps(xs: PyTree) -> None:
         ValueError: a leaf has none, or one of another length; or there are no leaves.
     """
     leaves = tree_flatten_with_path(xs)[0]
+    # A scalar has no first axis, and shows as the length ().
     lengths = {leaf.shape[:1] for _, leaf in leaves}
     if len(lengths) == 1 and lengths != {()}:
         return

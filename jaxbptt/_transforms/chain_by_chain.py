@@ -60,12 +60,15 @@ def pull_chains(chains: "SeparateChains", ct_carry: list) -> ChainSums:
         why = "where each group of outputs is pulled back by itself (a rule is not linear, or acts)"
         raise _errors.symbolic_length(length, why)
     sums = chains.zero_sums()
+    # The last group is the short one, if there is one. It has a window of its own, so that it is
+    # pulled back by itself; all others are alike, and share a loop.
     full, left_over = divmod(length, every)
     if left_over:
         sums = chains.with_chain(sums, jnp.int32(length), left_over, ct_carry)
 
     def one_group(sums: ChainSums, group: Any) -> tuple[ChainSums, None]:
         end = (group + 1) * every
+        # Only the group at the run's end sees the final carry's cotangent.
         last = [where_or_zero(end == length, v) for v in ct_carry]
         return chains.with_chain(sums, end, every, last), None
 
@@ -129,6 +132,8 @@ class SeparateChains:
         # Runs start where a block does, and are of one size: the last one ends with the run.
         size = steps + kept.steps - 1
         size = min(size + (length - size) % kept.steps, length)
+        # The block in which the window's first step lies; no later than where a run of this size
+        # ends with the last step.
         begin = jnp.maximum(end - steps, 0) // kept.steps * kept.steps
         begin = jnp.minimum(begin, length - size)
         first = length - size - begin if self.reverse else begin
@@ -147,6 +152,7 @@ class SeparateChains:
             lag = jnp.minimum(lag, end - 1)  # the first step again, where there is none
             return rows(stacks, (newest + lag if self.reverse else newest - lag) - first)
 
+        # From here on it is the same as for a recorded loop: a window that ends at this step.
         window = Window(read, self.invariant, steps, jnp.minimum(end, steps), tuple(parts))
         ct_ys = [_rows_up_to(v, newest, count, self.reverse) for v in self.ct_ys]
         arriving = Arriving(ct_carry, ct_ys, count, self.asked)

@@ -114,6 +114,7 @@ def value_and_ct_y(loss: Callable[[PyTree], Any], y: PyTree) -> tuple[tuple[Any,
 
     def scalar(y: PyTree) -> tuple[jax.Array, Any]:
         returned = loss(y)
+        # A pair is the loss and what it tells besides, as `has_aux` of `jax.value_and_grad` has it.
         pair = isinstance(returned, tuple | list) and len(returned) == 2
         value = as_strong_arrays(returned[0] if pair else returned, "loss(y)", blame="loss")
         leaves = type_of(value).leaves

@@ -43,6 +43,7 @@ class Groups:
         steps = max(length, 1)
         window = max(windows)
         parts = tuple(windows) if len(set(windows)) > 1 else ()
+        # Where no group's window ends inside the run, groups can't be told apart: one chain does.
         if together and not parts and at_most(length + every - 1, window):
             return cls(length, steps, steps)
         if at_most(steps, every):
@@ -83,6 +84,7 @@ class Groups:
 
     def alive(self, step: Any, age: Any, window: int) -> jax.Array:
         """Whether a chain of this age and window reaches a step."""
+        # The steps first … end are the group that the chain belongs to, as in `scan`'s definition.
         first = (self.own(step) + age) * self.every + 1
         end = jnp.minimum(first + (self.every - 1), self.length)
         reach = jnp.maximum(first - max(window - self.every, 0), end - (window - 1))

@@ -25,9 +25,9 @@ from jaxbptt._arrays import zeros
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
-from jaxbptt._compat import call_with_rule, lax_scan
+from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.evaluate import ZERO, Value, bind
-from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, with_rule
 from jaxbptt._transforms.cotangents import (
     is_scalar,
     is_symbolic_zero,
@@ -44,7 +44,7 @@ from jaxbptt._transforms.tape import (
     settings_of,
     with_chains,
 )
-from jaxbptt._transforms.window_vjp import dense_weights, densify, or_zero, plus
+from jaxbptt._transforms.window_vjp import dense_weights, densify, or_zero, plus, pull_newest_x
 from jaxbptt._types import PyTree, type_of
 
 Wanted: TypeAlias = Sequence[bool] | bool  # of each leaf, or of all
@@ -63,6 +63,8 @@ def call_with_pace(
     if not (len(y_type.leaves) == 1 and is_scalar(y_type.leaves[0])):
         raise _errors.loss_not_scalar_with_pace(y_type)
 
+    # With ȳ = 1 now, for the chains have to move before anybody asks for a gradient; y's real
+    # cotangent only scales what they give.
     def run(
         closed_over: list, params: list, x: list, rest: tuple[Tape, Closure]
     ) -> tuple[Any, Moved, list]:
@@ -77,7 +79,6 @@ def call_with_pace(
         return (moved.tape, y, aux), moved, made.invariant
 
     axes = axes_in_sight(closure.forward.jaxpr.eqns)
-    recorded_step = jax.custom_vjp(lambda *args: run(*args)[0])
 
     def forward(*args: Any) -> tuple[Any, Any]:
         perturbed = tuple(v.perturbed for v in args[0])
@@ -89,6 +90,7 @@ def call_with_pace(
     def backward(saved: Any, cts: Any) -> tuple[list | None, ...]:
         closure, invariant, unfinished, x = saved
         ct_tape, ct_y, _ = cts
+        # A cotangent of the new carry would come when the chains have already moved.
         if not all(map(is_symbolic_zero, jax.tree.leaves(ct_tape.carry))):
             raise _errors.carry_with_pace()
         followed, (ct_y,) = closure.layout.followed, jax.tree.leaves(ct_y)
@@ -103,14 +105,10 @@ def call_with_pace(
         groups = as_mapped(axes, (weights[:n], weights[n:], x))
         return *map(with_none, masks, groups), None
 
-    recorded_step.defvjp(
-        lambda *args: run_in_sight(axes, lambda: forward(*args)),
-        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
-        symbolic_zeros=True,
-    )
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
-    return call_with_rule(recorded_step, closure.closed_over, *leaves, (tape, apart))
+    recorded_step = with_rule(lambda *args: run(*args)[0], forward, backward, axes)
+    return recorded_step(closure.closed_over, *leaves, (tape, apart))
 
 
 class Given(NamedTuple):
@@ -166,10 +164,12 @@ def move_chains(
         lam = [v + select(own, u[None]) for v, u in zip(lam, newest, strict=True)]
         parts = [of_newest, unfinished]
     lam = chains.turned(lam, 0)
-    if settings.pace != 1:
+    if settings.lags_per_call != 1:
         lam, unfinished = chains.at_later_lags(others[-1], lam)
         parts.append(unfinished)
-    x = chains.newest_x(closure.pullback(y=asked), given.newest, ct_y)
+    # The chains themselves keep nothing of x̄, and no λ has come to the newest step.
+    newest = [*given.newest, *given.invariant]
+    x = pull_newest_x(closure, newest, list(map(zeros, closure.kinds.carry)), ct_y, asked)
     in_flight = dataclasses.replace(chains.columns.in_flight, lam=lam)
     return Moved(with_chains(tape, in_flight), parts, x)
 
@@ -195,6 +195,7 @@ def finish(
         closed_over: see `move_chains`.
         scale: a factor, None for one. It comes before what is summed over a mesh is summed.
     """
+    # Divided again, for a Contraction is no pytree that the reverse mode could be handed.
     contractions = _divided(closure, settings, asked, closed_over)
     total: list[Value] = [ZERO] * sum(map(len, (closure.kinds.closed_over, closure.kinds.params)))
     for contraction, (operands, sums) in zip(contractions, unfinished, strict=True):
@@ -219,7 +220,7 @@ def _divided(
     pullbacks = [closure.pullback(y=asked)]
     if not closure.indifferent_to_y:
         pullbacks.append(closure.pullback(y=False))
-    if settings.pace != 1:
+    if settings.lags_per_call != 1:
         pullbacks.append(closure.pullback(y=False))
     return list(map(divided, pullbacks))
 
@@ -232,12 +233,6 @@ class _Chains:
     columns: Columns
     invariant: list
     settings: Settings
-
-    @property
-    def pace(self) -> int:
-        """How many lags each chain is taken further."""
-        assert self.settings.pace is not None
-        return self.settings.pace
 
     def ages(self, lag: Any) -> jax.Array:
         """How many calls ago the loss was of the chain in each column, at this lag of the call."""
@@ -261,7 +256,7 @@ class _Chains:
             moved = self._one_lag(contraction, lam, sums, [], lag, every)
             return (self.turned(moved.lam, lag), moved.sums), moved.operands
 
-        lags = jnp.arange(1, self.pace, dtype=jnp.int32)
+        lags = jnp.arange(1, self.settings.lags_per_call, dtype=jnp.int32)
         (lam, sums), stacks = lax_scan(trip, (lam, contraction.zero_sums()), lags)
         return lam, Unfinished([v.reshape(-1, *v.shape[2:]) for v in stacks], sums)
 
@@ -273,13 +268,6 @@ class _Chains:
         sums = contraction.add(contraction.zero_sums(), made.summands, True)
         lam = densify(made.outs, self.closure.kinds.carry)
         return lam, Unfinished([v[None] for v in made.operands], sums)
-
-    def newest_x(self, pullback: Pullback, residuals: list, ct_y: list) -> list:
-        """x̄ of the newest step, of which the chains themselves keep nothing."""
-        # The side effects of this step's pullback belong to the chain.
-        contraction = pullback.divide([], pullback.outputs.x, effects=False)
-        made = contraction.at_lag([*residuals, *self.invariant, *self._no_lam(), *ct_y])
-        return densify(made.outs, self.closure.kinds.x)
 
     def turned(self, lam: list, lag: Any) -> list:
         """λ in the order of the columns of the next lag, which may lie in the round before."""
@@ -296,9 +284,11 @@ class _Chains:
         counted: jax.Array,
     ) -> "_AtLag":
         """One lag of the call: a pullback of all chains in one batch."""
-        ages, kinds = self.ages(lag), self.closure.kinds.carry
-        of_window = ages * self.pace + lag  # how far back each chain is
-        recorded = self.columns.in_flight.count > lag + ages * (self.pace + 1)
+        ages, kinds, pace = self.ages(lag), self.closure.kinds.carry, self.settings.lags_per_call
+        # Each call takes a chain `pace` lags further, and moves the present one step on: a calls
+        # old, it meets the step that lies a (pace + 1) + lag behind the newest.
+        of_window = ages * pace + lag  # how far back each chain is
+        recorded = self.columns.in_flight.count > lag + ages * (pace + 1)
         live = counted & recorded & (of_window < self.settings.window)
         # A part of λ whose own window is over is not followed any further.
         parts = self.closure.layout.parts or (self.settings.window,) * len(lam)

@@ -1,6 +1,7 @@
 """`record`: a step function whose reverse mode reaches back through a window of recorded steps."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays, zeros
+from jaxbptt._arrays import as_strong_arrays, size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
-from jaxbptt._compat import call_with_rule
-from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, with_rule
 from jaxbptt._signatures import name_of
 from jaxbptt._transforms.cotangents import (
     Cotangents,
@@ -52,6 +52,8 @@ from jaxbptt._transforms.window_vjp import (
 )
 from jaxbptt._types import LeafType, PyTree, StepFn, leaf_type, type_of
 from jaxbptt._windows import RandomReach, Reach, Windows
+
+_LARGE = 2**30  # bytes of a ring from which on it is looked at what they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,10 @@ class Recorder:
         Raises:
             TypeError: the step doesn't return `(carry, y)` with the carry's type.
             ValueError: `carry` is a tape, or a leaf isn't an array.
+
+        Warns:
+            UserWarning: with `weights="stored"`, the ring has more than 1 GiB, and more than
+                half of it is copies of the parameters.
         """
         for name, value in (("params", params), ("carry", carry), ("x", x)):
             _errors.no_tape(name, value, Tape)
@@ -420,6 +426,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
 
     Where nothing is recorded yet the tape need not be of this step: it is made anew.
     """
+    # From the cheapest question to the dearest: options, then types, then the step itself.
     made = settings_of(tape)
     for name in ("windows", "every", "weights", "pace"):
         if getattr(made, name) != getattr(recorder, name):
@@ -433,6 +440,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     closure = trace_recorder(recorder, params, tape.carry, x, made.sources)
     slot, came = slot_types(recorder, closure, tape.carry, x), layout(tape)
     of_this_step = made.step == program_hash(closure)
+    # Two steps may leave slots of the same types, so that the program itself is compared too.
     if slot == came and of_this_step:
         return closure, tape
     if is_blank(tape):
@@ -461,8 +469,14 @@ def _blank_tape(
         program_hash(closure),
         closure.sources,
     )
+    slot, slots = slot_types(recorder, closure, carry, x), math.prod(settings.slots)
+    if recorder.weights == "stored" and slots * size_in_bytes(slot) > _LARGE:
+        # Traced once more, for only the difference tells what is there of parameters alone.
+        without = dataclasses.replace(recorder, weights="current")
+        smaller = trace_recorder(without, params, carry, x, closure.sources).slot
+        _errors.warn_of_parameters(slots * size_in_bytes(slot), slots * size_in_bytes(smaller))
     lam = [leaf_type(kind) for kind in closure.kinds.carry]
-    return blank(carry, slot_types(recorder, closure, carry, x), lam, settings)
+    return blank(carry, slot, lam, settings)
 
 
 def record_step(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tuple[Tape, PyTree]:
@@ -530,20 +544,20 @@ def _call(
     a tracer that is only closed over would get no gradient, or outlive its trace.
     """
     every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
+    # A reach that is a Python int is part of the program, and no argument of the rule.
     static = reach if reach is not None and not reach.traced else None
     axes = axes_in_sight(closure.forward.jaxpr.eqns)
 
     def run(
         closed_over: list, params: list, x: list, rest: tuple[Tape, Closure, Reach | None]
-    ) -> Any:
+    ) -> tuple[Any, list]:
         tape, closure, _ = rest
         bound = dataclasses.replace(closure, closed_over=closed_over)
         carry = jax.tree.leaves(tape.carry)
         made = bound.run(params, carry, x)
         new_carry, y, aux = as_mapped(axes, made.step)
-        return push(tape, new_carry, [*carry, *x] if replays else made.recorded), y, aux
-
-    recorded_step = jax.custom_vjp(run)
+        pushed = push(tape, new_carry, [*carry, *x] if replays else made.recorded)
+        return (pushed, y, aux), made.invariant
 
     def forward(*args: Any) -> tuple[Any, _Saved]:
         y = type_of(closure.layout.outputs.tree()[1])
@@ -552,11 +566,9 @@ def _call(
         asked = tuple(v.perturbed for v in args[0])
         refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
         closed_over, params, x, rest = primal_values(args)
-        outs = run(closed_over, params, x, rest)
-        bound = dataclasses.replace(rest[1], closed_over=closed_over)
-        invariant = bound.invariant(params)
+        outs, invariant = run(closed_over, params, x, rest)
         # Only to run the window again are the parameters needed after this.
-        bound = bound if replays else dataclasses.replace(bound, closed_over=[])
+        bound = dataclasses.replace(rest[1], closed_over=closed_over if replays else [])
         again = params if replays else []
         return outs, _Saved(outs[0], bound, again, invariant, rest[2], asked)
 
@@ -570,15 +582,11 @@ def _call(
         groups = followed.closed_over, followed.params, followed.x
         return *map(with_none, groups, as_mapped(axes, ct)), None
 
-    recorded_step.defvjp(
-        lambda *args: run_in_sight(axes, lambda: forward(*args)),
-        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
-        symbolic_zeros=True,
-    )
     apart = dataclasses.replace(closure, closed_over=[])
     leaves = jax.tree.leaves(params), jax.tree.leaves(x)
     traced = None if static else reach
-    return call_with_rule(recorded_step, closure.closed_over, *leaves, (tape, apart, traced))
+    recorded_step = with_rule(lambda *args: run(*args)[0], forward, backward, axes)
+    return recorded_step(closure.closed_over, *leaves, (tape, apart, traced))
 
 
 @jax.tree_util.register_dataclass
@@ -606,16 +614,19 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
     """The cotangents for the group that the newest step ends, or zeros."""
     closure, tape, kinds = saved.closure, saved.tape, saved.closure.kinds
     every = settings_of(tape).every
+    # With a window below `every` the group's earlier outputs have no gradient.
     rows = min(every, closure.layout.window)
     asked = tuple(not is_symbolic_zero(v) for v in ct_y)
     of_y = pick(asked, ct_y)
 
     def back() -> _GroupCotangents:
         window = tape_window(closure, tape, saved.params, saved.invariant, rows, reach=reach)
+        # With every > 1 each loss of the group gets the cotangent of this call.
         ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in of_y]
         wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=False)
         ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)
-        x = pull_newest_x(closure, window, ct_carry, of_y, asked)
+        newest = [*window.read(0), *window.invariant]
+        x = pull_newest_x(closure, newest, ct_carry, of_y, asked)
         n = len(kinds.closed_over)
         return _GroupCotangents(ct.weights[:n], ct.weights[n:], x)
 
@@ -624,4 +635,5 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
     nothing = _GroupCotangents(
         *(list(map(zeros, k)) for k in (kinds.closed_over, kinds.params, kinds.x))
     )
+    # In a branch, so that steps within a group cost a forward pass alone.
     return lax.cond(is_due(tape), back, lambda: nothing)

@@ -97,6 +97,8 @@ def with_resets(step: StepFn, initial_carry: PyTree | Callable[..., PyTree]) -> 
     @functools.wraps(step)
     def resetting_step(params: PyTree, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
         x, is_first = _pair(x)
+        # Made at every step, whether a sequence starts or not: which ones do is known only on the
+        # device.
         initial = initial_of(params, carry, x) if computed else initial_carry
         initial, carry = (
             as_strong_arrays(initial, "initial_carry"),
@@ -138,6 +140,7 @@ def _pair(inputs: PyTree) -> tuple[PyTree, jax.Array]:
 def _check_types(initial: TreeType, carry: TreeType, flags: LeafType) -> None:
     """Refuses an initial carry or flags that don't go with the carry."""
     rank = len(flags.shape)
+    # The message shows each leaf beside the flags where it doesn't begin with their axes.
     leading = [leaf if leaf.shape[:rank] == flags.shape else flags for leaf in carry.leaves]
     _errors.same_type(
         "is_first must have a shape that each leaf of the carry begins with",
@@ -163,6 +166,7 @@ def _check_types(initial: TreeType, carry: TreeType, flags: LeafType) -> None:
 
 def _fits(initial: LeafType, carry: LeafType) -> bool:
     """Whether a leaf has the dtype of the carry's and broadcasts to its shape."""
+    # NumPy's rule for broadcasting, from the last axis on.
     sizes = zip(reversed(initial.shape), reversed(carry.shape), strict=False)
     shorter = len(initial.shape) <= len(carry.shape)
     return initial.dtype == carry.dtype and shorter and all(i in (1, c) for i, c in sizes)

@@ -15,7 +15,7 @@ from jaxbptt._arrays import at_most, struct_like
 from jaxbptt._closure.closure import Closure, close, pick
 from jaxbptt._closure.pullbacks import Inputs, Mask
 from jaxbptt._closure.step import refuse_references
-from jaxbptt._compat import call_with_rule, jit_is_disabled, lax_scan, scan_counts
+from jaxbptt._compat import jit_is_disabled, lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
 from jaxbptt._jaxprs.evaluate import (
     bind,
@@ -23,7 +23,7 @@ from jaxbptt._jaxprs.evaluate import (
     is_reference,
     leaves_explicit_axes,
 )
-from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, run_in_sight
+from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, with_rule
 from jaxbptt._transforms.cotangents import (
     is_symbolic_zero,
     primal_values,
@@ -145,6 +145,7 @@ def scan(
     if callable(f):  # else lax.scan says so
         _errors.has_steps(type_of(jax.tree.map(jax.typeof, xs)))
     if windows is not None:
+        # The loop that JAX traces has its carry in leaves; so have the windows from here on.
         by_leaf = windows.by_leaf(type_of(jax.eval_shape(lambda init: init, init)))
         windows = Windows.of(by_leaf or windows.longest)
     if (windows or drawn) and callable(f):
@@ -169,6 +170,7 @@ def scan(
     cut = _Cut(windows, every, drawn, remat or None)
     for eqn in closed.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
+        # What stands around the loop (a hoisted constant, a promotion) runs as it is.
         is_loop = eqn.primitive.name == "scan"
         outs = _truncated(eqn, values, cut) if is_loop else bind(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -243,13 +245,13 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
     axes = axes_in_sight([eqn])
 
-    @jax.custom_vjp
     def run(consts: list, init: list, xs: list, factors: jax.Array | None) -> list:
         return as_mapped(axes, bind(eqn, [*consts, *init, *xs]))
 
     def forward(*args: Any) -> tuple[list, Any]:
         perturbed = [v.perturbed for group in args[:3] for v in group]
         consts, init, xs, factors = primal_values(args)
+        # Only here is a derivative traced: this rule is called when something is perturbed.
         closure = _closure_of(eqn, perturbed)
         bound = dataclasses.replace(closure, closed_over=consts)
         outs, kept = _run(eqn, bound, init, xs, cut.remat)
@@ -271,13 +273,9 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         of_consts = ct.weights, ct.carry, ct.xs
         return *map(with_none, followed, as_mapped(axes, of_consts)), None
 
-    run.defvjp(
-        lambda *args: run_in_sight(axes, lambda: forward(*args)),
-        lambda saved, cts: run_in_sight(axes, lambda: backward(saved, cts)),
-        symbolic_zeros=True,
-    )
     factors = None if cut.drawn is None else cut.drawn.factors(length)
-    return call_with_rule(run, consts, init, values[n_consts + n_carry :], factors)
+    run_truncated = with_rule(run, forward, backward, axes)
+    return run_truncated(consts, init, values[n_consts + n_carry :], factors)
 
 
 def _strong(value: Any) -> Any:
@@ -309,6 +307,7 @@ def _closure_of(eqn: core.JaxprEqn, perturbed: list[bool]) -> Closure:
     """
     body, (n_consts, n_carry) = eqn.params["jaxpr"], scan_counts(eqn)
     n = n_consts + n_carry
+    # A leaf of the carry that starts unperturbed may be made of what is: to a fixpoint.
     flags = with_carry(body.jaxpr, perturbed, slice(n_consts, n))
     structs = [struct_like(v.aval) for v in body.jaxpr.invars]
     inputs, followed = (

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt._arrays import at_most, size_in_bytes, zeros
+from jaxbptt._arrays import at_most, size_in_bytes, widened, zeros
 from jaxbptt._arrays import select_rows as select
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import Contraction
@@ -96,6 +96,7 @@ def pull_run(run: RecordedRun, ct_carry: list, ct_ys: list) -> RunCotangents:
         no_xs = [jnp.zeros((0, *kind.shape), kind.dtype) for kind in kinds.x]
         weights = [zeros(kind) for kind in (*kinds.closed_over, *kinds.params)]
         return RunCotangents(weights, ct_carry, no_xs)
+    # A rule that is not linear, or that acts, has to see each chain's own cotangent.
     if is_needed(run.closure.pullback(y=run.asked), groups):
         chains = SeparateChains(
             run.closure, run.residuals, run.invariant, groups, run.reverse, ct_ys, run.asked
@@ -104,6 +105,8 @@ def pull_run(run: RecordedRun, ct_carry: list, ct_ys: list) -> RunCotangents:
     sweep = _Sweep.of(run)
     single = sweep.block(run.at_once) == groups.length
     contracted = None if single else sweep.contraction.zero_contractions()
+    # What goes from block to block: λ of each chain, the sums of what is added up step by step, and
+    # the products contracted so far, for which a single block needs no zeros to begin with.
     state = sweep.chains.at_the_end(ct_carry), sweep.contraction.zero_sums(), contracted
 
     def part(state: Any, start: Any, size: int) -> tuple[Any, list]:
@@ -152,20 +155,17 @@ class _Sweep:
 
     def block(self, length: int) -> int:
         """Of so many steps, how many steps' operands are stacked before they are contracted."""
+        fission = self.fission
         weights = size_in_bytes(v.aval for v in variables(self.contraction.weights))
-        kept = self.fission.stacked_outs[
-            : len(self.fission.stacked_outs) - len(self.contraction.operands)
-        ]
-        held, remade = (
-            size_in_bytes(v.aval for v in self.fission.rows) * length + weights,
-            self.run.closure.layout.remade_bytes * length,
-        )
+        # What is stacked is x̄ and the operands; the operands alone are used up in the block.
+        n_xs = len(fission.stacked_outs) - len(self.contraction.operands)
+        xs = fission.stacked_outs[:n_xs]
         return block_size(
             length,
-            self.fission.temporaries(kept),
-            held,
-            remade,
-            copied=self.fission.rows_read() + size_in_bytes(v.aval for v in variables(kept)),
+            fission.temporaries(xs),
+            held=size_in_bytes(v.aval for v in fission.rows) * length + weights,
+            spared=self.run.closure.layout.remade_bytes * length,
+            copied=fission.rows_read() + size_in_bytes(v.aval for v in variables(xs)),
             in_parts=weights,
         )
 
@@ -195,6 +195,7 @@ class _Sweep:
         lam, sums, contracted = state
         places = start + jnp.arange(size, dtype=jnp.int32)
         these = block_of(stacks, start, size)
+        # The three parts of the body: before the loop over this block's steps, in it, and after it.
         hoisted = self.fission.run_before(self.env, these, size)
         # Large rows are read where they lie: of a block of them the loop would need a copy.
         small = at_most(size_in_bytes(v.aval for v in self.fission.rows), SMALL)
@@ -212,6 +213,7 @@ class _Sweep:
         if self.run.groups.gaps:
             stacked = [select(self.run.reached(first + places), v) for v in stacked]
         n = len(stacked) - len(self.contraction.operands)
+        # The weights' products, over all steps of the block at once.
         made = self.contraction.contract(stacked[n:])
         if contracted is not None:
             made = [total + v for total, v in zip(contracted, made, strict=True)]
@@ -229,6 +231,7 @@ class _Sweep:
         groups, step = self.run.groups, self.run.step(first + place)
         if stacks is not None:
             values = rows(stacks, place)
+        # Chains that are over become zero, and the one whose group ends here begins.
         lam = self.chains.entering(step, lam)
         if self.run.factors is not None:
             lam = [_scale_or_zero(self.run.factors[step - 1], v) for v in lam]
@@ -246,8 +249,6 @@ class _Sweep:
 
 def _scale_or_zero(factor: jax.Array, value: jax.Array) -> jax.Array:
     """A value times a factor, zeros where the factor is 0, whatever the value is there."""
-    wide = value
-    if jnp.finfo(value.dtype).bits < 32:  # else the factors' rounding would add up to a bias
-        wide = value.astype(jnp.float32)
+    wide = widened(value)  # else the factors' rounding would add up to a bias
     product = wide * factor.astype(wide.real.dtype)
     return jnp.where(factor > 0, product, jnp.zeros_like(product)).astype(value.dtype)

@@ -57,6 +57,7 @@ class Chains:
         """
         if self.groups.whole:
             return lam
+        # A step that ends a group starts that group's chain: its slot held a chain that is over.
         starts: Any = self.groups.starts(step)
         if self.groups.parts and not self.single:
             lam = [jnp.where(starts, _older(v), v) for v in lam]
@@ -87,6 +88,8 @@ class Chains:
         counts, n = [len(v) for v in lam], self.pullback.recorded
         residuals, ct_y = [*values[:n], *self.invariant], values[n:]
         own = self._ages(step)[counts.index(max(counts))] == 0
+        # Chains lie by age, so that the leaves of λ are shorter the shorter their window is:
+        # between two lengths the same leaves are alive.
         ends = sorted(set(counts))
         pulled: list[list] = [[] for _ in lam]
         for start, end in zip([0, *ends], ends, strict=False):
@@ -108,6 +111,8 @@ class Chains:
         if self.closure.indifferent_to_y:
             of_own = [select(own, v[None]) for v in ct_y]
             return self._pulled(self.pullback, every, residuals, lam, of_own)
+        # Where ȳ costs more than additions it is pulled back once and not for every chain; the two
+        # results add up, for the pullback is linear.
         older = self._pulled(self.closure.pullback(y=False), every, residuals, lam)
         no_lam = [jnp.zeros_like(v[0]) for v in lam]
         present = self._pull(self.pullback, every, residuals, no_lam, ct_y)

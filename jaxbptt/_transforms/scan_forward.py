@@ -50,6 +50,8 @@ def record_run(
     """
     program, n, m = closure.forward, len(init), len(closure.closed_over)
     jaxpr, consts = program.jaxpr, [*program.consts, *closure.closed_over]
+    # The program takes what the step closes over, then carry and x; it gives the step's outputs,
+    # then the residuals.
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars[:m]), consts, strict=True))
     state, row = jaxpr.invars[m : m + n], jaxpr.invars[m + n :]
     ys = jaxpr.outvars[n : len(closure.layout.outputs.leaves)] if with_ys else []
@@ -78,6 +80,8 @@ def record_run(
         )
         return carry, fission.run_after(env, x, hoisted, saved, size)
 
+    # Blocks only matter where something is done for many steps at once, before the loop or after
+    # it; without such work the block is the whole run.
     kinds = [v.aval for v in ys + made]
     carry, outs = in_blocks(run, init, length, block, kinds, first=24, descending=reverse)
     stacks = dict(zip((*row, *made), (*xs, *outs[len(ys) :]), strict=True))
@@ -136,6 +140,8 @@ class Checkpoints:
             start: the block's first row.
             size: how many steps it has.
         """
+        # In the order in which the steps ran; rows and steps count in opposite directions if
+        # reversed.
         steps_before = self.length - size - start if self.reverse else start
         return record_run(
             dataclasses.replace(closure, closed_over=self.closed_over),
@@ -201,6 +207,7 @@ def steps_between_checkpoints(closure: Closure, init: list, length: int) -> int:
     a_step = size_in_bytes(outs[i].aval for i in closure.layout.recorded)
     best = round((length * size_in_bytes(init) / max(a_step, 1)) ** 0.5)
     best = min(max(best, _FEWEST), max(length, 1))
+    # Memory is flat around its least: half or twice the best size costs a quarter more.
     near = [k for k in range(best, min(2 * best, length + 1)) if length % k == 0]
     near += [k for k in range(best, max(best // 2, _FEWEST - 1), -1) if length % k == 0]
     return min(near, key=lambda k: max(k / best, best / k), default=best)

@@ -7,7 +7,7 @@ counters stay below `window` or `every`, so nothing overflows however long the l
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,11 @@ class Settings:
         if self.pace is None:
             return (self.window,)
         return (self.pace + 1, -(-self.window // self.pace))
+
+    @property
+    def lags_per_call(self) -> int:
+        """How many lags a call takes each cotangent further."""
+        return self.window if self.pace is None else self.pace
 
 
 @jax.tree_util.register_dataclass
@@ -186,6 +191,8 @@ def cleared(tape: Tape) -> Tape:
 def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
     """Writes one step over the oldest slot and makes `carry` the live one."""
     settings = tape._settings
+    # The first step is written to slot 1: counters that begin at zero wrap without a special case.
+    # With a pace there are more slots than the window has steps.
     window, every, slots = settings.window, settings.every, settings.slots
     head = (tape._head + 1) % math.prod(slots)
     place = (head,) if len(slots) == 1 else row_and_column(head, settings)
@@ -279,6 +286,7 @@ def x_struct(tape: Tape) -> PyTree:
     """
     check_counters(tape)
     kinds = map(leaf_type, [*tape._ring, *jax.tree.leaves(tape.carry)])
+    # Of what the tape was made with only the axes' names count: the mesh may be another now.
     mesh = next((kind.sharding.mesh for kind in kinds if kind.sharding), None)
 
     def laid(kind: LeafType) -> LeafType:
@@ -374,13 +382,15 @@ class Columns:
 
 def columns_of(tape: Tape) -> Columns:
     """What the chains in flight read of a tape with a pace."""
-    settings, in_flight = tape._settings, tape._in_flight
-    assert in_flight is not None
+    settings = tape._settings
+    # Only a recorder with a pace comes here, and the tapes that it makes have chains.
+    in_flight = cast(InFlight, tape._in_flight)
 
     def place(lag: Any) -> tuple[Any, Any]:
         return row_and_column((tape._head - lag) % math.prod(settings.slots), settings)
 
     def read(lag: Any) -> list[jax.Array]:
+        # All columns of one row, which lie one after the other: nothing is gathered.
         row = place(lag)[0]
         return _exactly([lax.dynamic_index_in_dim(v, row, 0, keepdims=False) for v in tape._ring])
 

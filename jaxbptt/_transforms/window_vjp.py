@@ -115,6 +115,8 @@ def window_sums(
 ) -> WindowCotangents:
     """`pull_window` with the weights' cotangents as they are added up: arrays or ZERO."""
     if window.as_far:
+        # A loop that runs as often as a traced number says has no reverse mode: a second derivative
+        # is refused here, in a sentence, before JAX meets that loop.
         carry, ys = once_differentiable((arriving.carry, arriving.ys))
         arriving = arriving._replace(carry=carry, ys=ys)
     ct = WindowCotangents([], arriving.carry, [])
@@ -182,6 +184,8 @@ def _segments(closure: Closure, window: Window, arriving: Arriving) -> list[_Seg
     together = rows == window.steps or (closure.indifferent_to_y and not window.parts)
     if together:
         newest_first = [padded(leaf, window.steps - rows) for leaf in newest_first]
+    # Where the last ȳ has been taken in, and where a part of the carry has come to its end, another
+    # pullback begins, which does less.
     stops = sorted({window.steps, *window.parts} | (set() if together else {rows}))
     segments = []
     for start, stop in zip([0, *stops], stops, strict=False):
@@ -226,14 +230,14 @@ def _terms(
 
 
 def pull_newest_x(
-    closure: Closure, window: Window, ct_carry: list, ct_y: list, asked: Mask
+    closure: Closure, residuals: list, ct_carry: list, ct_y: list, asked: Mask
 ) -> list:
-    """x̄ of the newest step alone."""
+    """x̄ of the newest step alone, from its recorded residuals and the invariant ones."""
     pullback = closure.pullback(y=asked)
     # The side effects of this step's pullback belong to the sweep.
     contraction = pullback.divide([], pullback.outputs.x, effects=False)
-    args = [*window.read(0), *window.invariant, *ct_carry, *ct_y]
-    return densify(contraction.at_lag(args).outs, closure.kinds.x)
+    made = contraction.at_lag([*residuals, *ct_carry, *ct_y])
+    return densify(made.outs, closure.kinds.x)
 
 
 def _sweep(
@@ -303,6 +307,8 @@ def _blocks_as_far_as_the_reach(
         return segment.start + carried[0] < jnp.minimum(window.reach, segment.stop)
 
     def of_block(carried: tuple) -> tuple:
+        # The state of the loop: the first lag of the next block, λ with what is summed lag by lag,
+        # the products contracted so far, and x̄ of all lags.
         begin, state, contracted, xs = carried
         lags = segment.start + begin + jnp.arange(block, dtype=jnp.int32)
         these = [lax.dynamic_slice_in_dim(leaf, begin, block) for leaf in ct_ys]
@@ -416,6 +422,7 @@ def tape_window(
     if reach is not None:
         recorded = jnp.minimum(recorded, reach.lags)
         if isinstance(reach.lags, int):
+            # A reach that is known while tracing makes the program that a shorter window would.
             held = min(held, reach.lags)
             windows = tuple(min(w, held) for w in windows)
         else:  # then only masks and the number of trips know of it
@@ -425,10 +432,13 @@ def tape_window(
     read = reader(tape)
     if settings.weights == "replayed":
         read = replayed(closure, params, read, held, recorded, as_far=limit is not None)
+    # Lags from `farthest` on are walked and masked: early in a run fewer steps are recorded than
+    # the window has, at the end of a short group fewer are reached.
     farthest, cut = jnp.minimum(tape.length, steps), list[Any]()
     if limit is not None:
         farthest = jnp.minimum(farthest, limit)
     if group is not None:
+        # How far a group reaches behind its first step does not depend on how many steps it has.
         last = jnp.minimum(group, rows)
         shorter, *cut = (jnp.minimum(w, last + max(w - settings.every, 0)) for w in windows)
         farthest = jnp.minimum(farthest, shorter)
@@ -489,8 +499,10 @@ def replayed(
         made = closure.run(params, carry, x)
         return jax.tree.leaves(made.step[0]), made.recorded
 
+    # Before anything is recorded slots are zeros; the loop then makes residuals that are masked.
     oldest = read(jnp.maximum(length - 1, 0) if as_far else window - 1)[:n]
     if as_far:
+        # Rows behind `length` are never written, and what is made of them is masked.
         stacks = [zeros(kind.stacked(window)) for kind in closure.slot]
 
         def step_again(i: Any, state: tuple[list, list]) -> tuple[list, list]:

@@ -226,6 +226,14 @@ def test_no_window_is_checkpointed_bptt(remat):
     assert worst(*grads) < 1e-12
 
 
+def test_no_window_is_the_checkpointed_loop_of_equinox():
+    loops = pytest.importorskip("equinox.internal")
+    ours = functools.partial(run_with, window=None, remat=True)
+    theirs = functools.partial(run_with, scan=loops.scan, kind="checkpointed")
+    grads = [jax.jit(jax.grad(squares(run), (0, 1, 2)))(*arguments(12)) for run in (ours, theirs)]
+    assert worst(*grads) < 1e-12
+
+
 def test_the_step_runs_once_more_and_its_effects_happen_again(capsys):
     def f(c, x):
         jax.debug.print("at {}", x)

@@ -367,6 +367,38 @@ def test_replace_puts_in_a_carry_and_keeps_the_steps():
     np.testing.assert_array_equal(tape.carry["h"], run(recorder, 2).carry["h"])
 
 
+def of_size(width, batch, **options):
+    """The type of a tape of 20 steps with one (width, width) weight."""
+
+    def step(w, carry, x):
+        carry = jnp.tanh(carry @ w + x)
+        return carry, carry
+
+    row = jax.ShapeDtypeStruct((batch, width), jnp.float32)
+    square = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    return jax.eval_shape(jaxbptt.record(step, window=20, **options).init, square, row, row)
+
+
+def test_a_large_ring_that_is_mostly_parameters_is_warned_of():
+    copies, rest = 20 * 4 * 4096**2, 20 * 2 * 4 * 8 * 4096
+    wanted = rf"{copies + rest:,} bytes, of which {copies:,} .*weights='current'.* {rest:,} bytes"
+    with pytest.warns(UserWarning, match=wanted):
+        of_size(4096, 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((4096, 8), {"weights": "current"}),
+        ((4096, 8), {"weights": "replayed"}),
+        ((3072, 8), {}),  # less than a GiB
+        ((4096, 2**13), {}),  # more of activations than of parameters
+    ],
+)
+def test_no_other_ring_is_warned_of(size, options):
+    of_size(*size, **options)  # a warning would be an error
+
+
 @pytest.mark.parametrize("weights", ["stored", "current"])
 def test_nbytes_is_known_before_anything_is_allocated(weights):
     recorder = jaxbptt.record(step, window=13, weights=weights)
