@@ -126,6 +126,18 @@ def test_every_page_is_in_the_contents_of_the_site():
     )
 
 
+def test_no_line_of_code_is_wider_than_the_column_of_the_site():
+    for page in PAGES:
+        code = re.findall(r"^```\w*\n(.*?)^```$", page.read_text("utf-8"), re.M | re.DOTALL)
+        assert not [line for block in code for line in block.splitlines() if len(line) > 101], page
+
+
+def test_the_table_of_the_notebooks_lists_all_of_them():
+    text = (DOCS / "notebooks.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[.+\]\(\.\./notebooks/(.*?)\) \|", text, re.MULTILINE)
+    assert rows == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
 @pytest.fixture
 def edges(monkeypatch):
     pytest.importorskip("matplotlib")
