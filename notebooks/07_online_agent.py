@@ -53,7 +53,7 @@ POLICY = "https://raw.githubusercontent.com/jaxbptt/jaxbptt/main/examples/policy
 places = [place for place in (".", "../examples") if os.path.exists(f"{place}/policy.py")]
 if not places:  # no clone around this notebook
     urllib.request.urlretrieve(POLICY, "policy.py")
-sys.path[:0] = places
+sys.path[:0] = places or ["."]
 from policy import act, first_carry, first_params, loss, observe, percent
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps and seeds, for a quick run of all cells
