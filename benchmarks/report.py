@@ -6,7 +6,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 OURS, THEIRS, FLOOR = "#0072B2", "#D55E00", "#666666"  # told apart by the colour-blind too
 CURVES = ("window", "batch", "hidden")
 _AT = {"window": 4, "batch": 1, "hidden": 3}
@@ -193,14 +195,15 @@ def table(columns, rows):
 def pictures(sections, out):
     drawn = []
     if all(sections.get(name) for name in CURVES):
-        figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+        figure, axes = plt.subplots(2, 3, figsize=(11, 6.6), sharey="row", layout="constrained")
         for column, section in zip(axes.T, CURVES, strict=True):
             curves(column, section, sections[section])
-        axes[0, 0].legend(frameon=False, loc="upper left")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
         save(figure, out / "cost.png")
         drawn.append("![Time per step and memory against window, batch and hidden size](cost.png)")
     if sections.get("online"):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8.5, 5.6))
+        figure.subplots_adjust(left=0.37, right=0.97, top=0.99, bottom=0.09)
         shares(axes, sections["online"])
         save(figure, out / "floor.png")
         drawn.append(
@@ -233,14 +236,16 @@ def curves(column, section, rows):
         if key != "floor":
             memory.loglog(at, [r[f"{key} bytes"] / 2**20 for r in rows], style, color=color)
     fixed = {k: rows[0]["shape"][i] for k, i in _AT.items() if k != section}
-    time.set_title(", ".join(f"{k} {v}" for k, v in fixed.items()), fontsize=9)
-    time.set_ylabel("µs per step")
-    memory.set_ylabel("MiB: state and temporaries")
+    time.set_title(", ".join(f"{k} {v}" for k, v in fixed.items()))
+    if section == CURVES[0]:
+        time.set_ylabel("µs per step")
+        memory.set_ylabel("MiB: state and temporaries")
     memory.set_xlabel({"window": "window (steps)", "hidden": "hidden size"}.get(section, section))
-    for axis in column:
+    for axis, of_decade in ((time, (1,)), (memory, (1, 2, 5))):
         axis.set_xticks(at, map(str, at))
+        axis.yaxis.set_major_locator(LogLocator(subs=of_decade))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
 
 
 def shares(axes, rows):
@@ -248,28 +253,35 @@ def shares(axes, rows):
     for place, row in enumerate(rows):
         for key, color, up in (("current", OURS, -0.2), ("re-run", THEIRS, 0.2)):
             axes.barh(place + up, min(row["floor"] / row[key], 1.0), 0.38, color=color)
-    axes.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel="share of the arithmetic floor (cut at 1)")
+    axes.set_yticks([])
+    axes.set(
+        xlim=(0, 1), ylim=(len(rows) - 0.4, -1.5), xlabel="share of the arithmetic floor (cut at 1)"
+    )
+    # What a row was measured at stands beside it, in columns.
+    shapes = [("cell", "batch", "inputs", "hidden", "window"), *(row["shape"] for row in rows)]
+    for place, shape in enumerate(shapes, -1):
+        for x, word in zip((-0.6, -0.35, -0.24, -0.13, -0.01), shape, strict=True):
+            align = {"ha": "right" if x > -0.6 else "left", "va": "center"}
+            axes.text(x, place, word, transform=axes.get_yaxis_transform(), **align)
     for color, label in ((OURS, "jaxbptt, current"), (THEIRS, "re-run under jax.grad")):
         axes.barh(0, 0, color=color, label=label)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right")
 
 
 def flat(axes, row):
     steps = [row["block"] * (i + 1) / 1e6 for i in range(len(row["seconds"]))]
-    axes[0].plot(steps, [1e6 * s for s in row["first again"]], color=THEIRS, label="first block")
+    size = f"{row['block']:,}"
+    again = [1e6 * s for s in row["first again"]]
+    axes[0].plot(steps, again, color=THEIRS, label=f"the first {size} steps, run again right after")
     for axis, values, words in (
         (axes[0], [1e6 * s for s in row["seconds"]], "µs per step"),
         (axes[1], [b / 2**20 for b in row["resident"]], "resident memory, MiB"),
     ):
-        axis.plot(steps, values, color=OURS, label="this block")
+        axis.plot(steps, values, color=OURS, label=f"{size} steps at this point of the run")
         axis.set_ylim(0, 1.3 * max(values[1:]))
         axis.set_xlabel("millions of steps")
         axis.set_ylabel(words)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower right", fontsize=8)
+    axes[0].legend(loc="lower left")
 
 
 def flat_words(row):

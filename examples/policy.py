@@ -11,6 +11,7 @@ import argparse
 import functools
 import importlib.util
 import time
+from itertools import cycle
 from typing import NamedTuple
 
 import jax
@@ -150,17 +151,21 @@ def row(counts, after, seconds):
     return f"{means}{found.mean():7.2f} ± {sd:.2f}{right:>15s}{seconds:9.1f}"
 
 
+COLOURS, GREY = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), "0.4"
+
+
 def draw(curves, ends, file):
     """Learning curves: thin of each seed, thick their mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(50, color="grey", linestyle=":", label="a coin at the junction")
-    for number, (window, curve) in enumerate(curves.items()):
-        axes.plot(ends, curve.T, color=f"C{number}", lw=0.7, alpha=0.4)
-        axes.plot(ends, curve.mean(0), "o-", color=f"C{number}", ms=3, label=f"window {window}")
+    axes.axhline(50, color=GREY, linestyle=":", label="a coin at the junction")
+    for (window, curve), colour in zip(curves.items(), cycle(COLOURS)):
+        axes.plot(ends, curve.T, color=colour, lw=0.7, alpha=0.4)
+        axes.plot(ends, curve.mean(0), "o-", color=colour, ms=3, label=f"window {window}")
     axes.set(xlabel="steps", ylabel="episodes that end in the exit, %", ylim=(0, 103))
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=130)
 

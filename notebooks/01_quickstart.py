@@ -13,6 +13,8 @@
 # %% [markdown]
 # # Backpropagation through a window of the past
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/01_quickstart.ipynb)
+#
 # A recurrent model takes one step at a time, $(c_t, y_t) = f(\theta, c_{t-1}, x_t)$. To learn what
 # matters later, the gradient has to go back through earlier steps. Going back to the very first is too
 # much for a stream that never ends, so one goes back a *window* of steps and stops: truncated
@@ -26,19 +28,13 @@
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import jax
@@ -48,6 +44,9 @@ import numpy as np
 import optax
 
 import jaxbptt
+
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.4"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## Checked by hand
@@ -225,9 +224,12 @@ assert curves["window 5, every 1"][-500:].mean() > 0.8
 
 # %%
 fig, ax = plt.subplots(figsize=(8, 4))
+colors = {"window 1": GRAY, "window 5": ORANGE, "window 50": BLUE}
 for name, losses in curves.items():
     smooth = np.convolve(losses, np.ones(100) / 100, mode="valid")
-    ax.plot(np.arange(len(smooth)) + 100, smooth, label=name, ls="--" if "every 5" in name else "-")
+    window, every = name.split(", ")
+    style = {"color": colors[window], "ls": "--" if every == "every 5" else "-"}
+    ax.plot(np.arange(len(smooth)) + 100, smooth, label=name, **style)
 ax.set(xlabel="step", ylabel="bits per symbol (mean of 100 steps)", ylim=(0, None))
 ax.set_title(f"Recall the bit of {LAG} steps ago")
 ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -265,9 +267,9 @@ norms = {
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 4))
-for name, values in norms.items():
-    ax.semilogy(values, "o-", ms=3, label=name)
-ax.axvline(LAG, color="gray", lw=1, ls=":")
+for (name, values), color in zip(norms.items(), (GRAY, BLUE), strict=True):
+    ax.semilogy(values, "o-", ms=3, color=color, label=name)
+ax.axvline(LAG, color=GRAY, lw=1, ls=":")
 ax.text(LAG + 0.5, 0.9, f"the bit to recall, {LAG} steps back", transform=ax.get_xaxis_transform())
 ax.set(xlabel="lag (steps before the present)", ylabel="norm of the gradient of y by the input")
 ax.margins(y=0.15)

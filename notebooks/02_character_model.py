@@ -13,6 +13,8 @@
 # %% [markdown]
 # # A character model: sliding window or chunks?
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/02_character_model.ipynb)
+#
 # `python -m jaxbptt` trains a recurrent model on text, online: every character is a step, a gradient, an update. Here
 # are its parts, and then the question that everyone has who reads that: is a sliding window worth it? It
 # costs a pass over the window at each step, where chunks of the same window pay that once a chunk. So: which
@@ -22,19 +24,13 @@
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import os
@@ -51,6 +47,7 @@ import jaxbptt
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps, for a quick run of all cells
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.5"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## The text
@@ -177,10 +174,9 @@ for ax, column, label in zip(
     for name, (_, curve) in runs.items():
         ax.plot(curve[:, column], curve[:, 2], color=COLORS[name], label=name)
     ax.set(xlabel=label, ylim=(1.9, 3.5))
-    ax.spines[["top", "right"]].set_visible(False)
 axes[0].set(ylabel="held-out bits per character", title="per character")
 axes[1].set(title="per second")
-axes[1].legend(frameon=False)
+axes[1].legend()
 fig.tight_layout()
 plt.show()
 

@@ -13,6 +13,8 @@
 # %% [markdown]
 # # Which gradient is it?
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/03_which_gradient_is_it.ipynb)
+#
 # "Truncated backpropagation through time" is the name of a family. Two libraries with the same window may
 # compute different things, and a recipe may compute something that is none of them. Here the family is
 # drawn, edge by edge, from the gradients themselves; then the window slides over parameters that
@@ -22,19 +24,13 @@
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import jax
@@ -45,7 +41,9 @@ import numpy as np
 import jaxbptt
 
 jax.config.update("jax_enable_x64", True)
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.5"
+BLUE, ORANGE, GREEN, PINK, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+GRAY = "0.4"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## BPTT(h; h′), drawn
@@ -89,7 +87,6 @@ for ax, color, (name, pattern), (_, every) in zip(
         for end in range(every, STEPS, every):
             ax.axhline(end + 0.5, color=GRAY, lw=0.7, ls=":")
     ax.set(xlabel="input of step s", title=name, aspect="equal", xticks=(1, 8, 16, 24))
-    ax.spines[["top", "right"]].set_visible(False)
 axes[0].set(ylabel="loss of step t", yticks=(1, 8, 16, 24), ylim=(STEPS + 1, 0))
 fig.tight_layout()
 plt.show()
@@ -170,15 +167,13 @@ for way in ("current", "replayed"):
     left.loglog(rates, apart[way], "o-", ms=4, color=WAYS[way], label=f'"{way}" against "stored"')
 left.set(xlabel="learning rate", ylabel="relative difference of the gradients")
 left.set_title("The faster it learns, the more it matters")
-left.legend(frameon=False)
-for rate, shade in zip((6, 9, 12), plt.cm.cividis([0.1, 0.5, 0.9]), strict=True):
-    right.plot(w_runs[rate], color=shade, label=f"rate {rates[rate]:.2g}")
+left.legend()
+for rate, color in zip((6, 9, 12), (BLUE, PINK, YELLOW), strict=True):
+    right.plot(w_runs[rate], color=color, label=f"rate {rates[rate]:.2g}")
 right.axhline(0.8, color=GRAY, ls=":", lw=1)
 right.text(400, 0.81, "the teacher's", ha="right", va="bottom", color=GRAY)
 right.set(xlabel="step", ylabel="w", title='Learning with "stored"')
-right.legend(frameon=False, loc="lower right")
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
+right.legend(loc="lower right")
 fig.tight_layout()
 plt.show()
 
@@ -262,7 +257,6 @@ for ax, parts, color, name in pairs:
         ax.text(lag, part + 0.004, f"{part:.3f}", ha="center")
     ax.set(xlabel="lag (steps before the present)", xticks=lags)
     ax.set_title(f"{name}: {np.sum(parts):.3f}")
-    ax.spines[["top", "right"]].set_visible(False)
 axes[0].set(ylabel="added to the gradient of w", ylim=(0, 0.24))
 fig.tight_layout()
 plt.show()

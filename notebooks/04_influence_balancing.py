@@ -13,6 +13,8 @@
 # %% [markdown]
 # # Influence balancing: a gradient with the wrong sign
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/04_influence_balancing.ipynb)
+#
 # Tallec and Ollivier ("Unbiasing Truncated Backpropagation Through Time", 2017) built a system on which
 # truncated backpropagation doesn't merely learn slowly: it walks the wrong way, at *every* window up
 # to 40 steps. Here it is, with their numbers, and with three ways out: a window that is long enough, cuts
@@ -22,19 +24,13 @@
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import os
@@ -48,7 +44,9 @@ import jaxbptt
 
 jax.config.update("jax_enable_x64", True)
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps, for a quick run of all cells
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.5"
+BLUE, ORANGE, GREEN, PINK, YELLOW = COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+GRAY = "0.4"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## The system
@@ -114,8 +112,7 @@ ax.annotate("wrong sign", (20, 6), color=ORANGE, ha="center")
 ax.annotate("right from 41", (41, 0), (58, 5), arrowprops={"arrowstyle": "-", "color": GRAY})
 ax.set(xlabel="window (steps)", ylabel="influence of θ on unit 0", xlim=(0, LONGEST))
 ax.set_title("What a window sees of the gradient")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False, loc="upper right")
+ax.legend(loc="upper right")
 fig.tight_layout()
 plt.show()
 
@@ -179,16 +176,14 @@ for name, runs in (("sliding", sliding), ("chunked", chunked)):
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-shades = plt.cm.cividis(np.linspace(0.05, 0.95, len(WINDOWS)))
 for ax, (name, runs) in zip(axes, (("sliding", sliding), ("chunked", chunked)), strict=True):
-    for shade, (window, thetas) in zip(shades, runs.items(), strict=True):
+    for color, (window, thetas) in zip((*COLORS, "black"), runs.items(), strict=False):
         losses = settled(thetas)
         shown = np.where(losses < 1e12, losses, np.nan)
-        ax.semilogy(shown, color=shade, label=f"{window}", lw=1.6)
+        ax.semilogy(shown, color=color, label=f"{window}", lw=1.6)
     ax.set(xlabel="update", title=name, ylim=(1e-18, 1e12))
-    ax.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("loss, once s has settled")
-axes[1].legend(title="window", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+axes[1].legend(title="window", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 fig.tight_layout()
 plt.show()
 
@@ -245,14 +240,13 @@ fig, ax = plt.subplots(figsize=(8, 3.6))
 ax.plot(drawn.T, color=BLUE, lw=0.8, alpha=0.7)
 ax.plot([], color=BLUE, label="random, mean 16 (eight keys)")
 ax.plot(whole, color="black", lw=1.5, label="whole gradient")
-for (window, theta), color in zip(fixed.items(), (ORANGE, "#CC79A7"), strict=True):
+for (window, theta), color in zip(fixed.items(), (ORANGE, PINK), strict=True):
     ax.plot(np.where(np.abs(theta) < 3, theta, np.nan), color=color, label=f"fixed, {window}")
 ax.axhline(-1 / 6, color=GRAY, ls=":", lw=1)
 ax.text(BLOCKS, -1 / 6 - 0.14, "optimum -1/6", ha="right", color=GRAY)
 ax.set(xlabel="update (200 steps each)", ylabel="θ", ylim=(-0.8, 2))
 ax.set_title("Cuts at random steps, compensated")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False)
+ax.legend()
 fig.tight_layout()
 plt.show()
 
@@ -292,16 +286,15 @@ assert all(41 < window < 70 for seen in (60, 100, 150) for window in asked[seen]
 # %%
 chosen = dict(zip((0.9, 0.5, 0.1), asked[150], strict=True))
 fig, ax = plt.subplots(figsize=(8, 3.4))
-for (delta, window), shade in zip(chosen.items(), plt.cm.cividis([0.1, 0.5, 0.9]), strict=True):
+for (delta, window), color in zip(chosen.items(), (BLUE, GREEN, PINK), strict=True):
     losses = settled(trained(window, 1))
     print(f"δ = {delta}: window {window}, loss at the end {float(losses[-1]):.1e}")
     assert losses[-1] < losses[0] / 10  # it goes the right way, the faster the longer
-    ax.semilogy(losses, color=shade, label=f"δ = {delta}: window {window}")
+    ax.semilogy(losses, color=color, label=f"δ = {delta}: window {window}")
 ax.semilogy(settled(sliding[40]), color=ORANGE, label="window 40")
 ax.set(xlabel="update (every step)", ylabel="loss, once s has settled")
 ax.set_title("Windows that were asked for")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False)
+ax.legend()
 fig.tight_layout()
 plt.show()
 

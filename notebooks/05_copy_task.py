@@ -13,6 +13,8 @@
 # %% [markdown]
 # # The copy task: window and interval, apart
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/05_copy_task.ipynb)
+#
 # Aicher, Foti and Fox ("Adaptively Truncating Backpropagation Through Time to Control Gradient Bias", 2019)
 # train on a copy task with windows of fixed length. A marker and ten symbols go by, and eleven steps after it
 # each symbol has to be said. In their table one number, K, is both how far a gradient goes back and how
@@ -22,19 +24,13 @@
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import os
@@ -48,7 +44,9 @@ import optax
 import jaxbptt
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps and seeds, for a quick run of all cells
-BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "0.5"
+BLUE, ORANGE, GREEN, PINK, YELLOW = COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+GRAY = "0.4"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## The stream
@@ -181,18 +179,16 @@ left.text(WINDOWS[-1], 1.89, "rhythm only", ha="right", va="bottom", color=GRAY)
 left.axvline(LAG + 2, color=GRAY, ls="--", lw=1)
 left.text(LAG + 2.4, 1.78, "12 steps: the symbol", color=GRAY)
 left.set(xlabel="window (steps)", ylabel="perplexity after training", ylim=(1, 2))
-left.legend(frameon=False)
-for w, shade in zip(WINDOWS, plt.cm.cividis(np.linspace(0.05, 0.95, len(WINDOWS))), strict=True):
+left.legend()
+for w, color in zip(WINDOWS, COLORS, strict=False):
     for runs, style in ((apart, "-"), (tied, "--")):
         curves = runs[w][1]
         at = np.linspace(STEPS / curves.shape[1], STEPS, curves.shape[1])
         name = f"window {w}" if style == "-" else None
-        right.plot(at, curves.mean(0), style, color=shade, label=name)
+        right.plot(at, curves.mean(0), style, color=color, label=name)
 right.set(xlabel="step", ylabel="perplexity while training", ylim=(1, 2.05))
 right.set_title("solid: every 5, dashed: every = window")
-right.legend(frameon=False)
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
+right.legend()
 fig.tight_layout()
 plt.show()
 

@@ -13,35 +13,32 @@
 # %% [markdown]
 # # An agent that learns while it acts
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/07_online_agent.ipynb)
+#
 # A T-maze (Bakker, 2002): a sign at the start says on which side the exit is, then comes a corridor of a
 # length that is never the same, then a junction. The sign is long out of sight when it is needed. A
 # recurrent policy has to keep it, and *learn* to keep it from a reward that comes at the end.
 #
 # Sixty-four episodes run side by side, each starts anew when it ends, and the parameters change at every
 # time step. There are no rollouts to store and nothing is cut into chunks. With a window of 1 the task
-# can't be learned, provably ([the proof](../docs/policy.md)); with one that spans an episode it is.
+# can't be learned, provably ([the proof](https://jaxbptt.github.io/jaxbptt/policy/)); with one that spans an episode it is.
 #
 # It needs about a minute on a CPU.
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import os
 import sys
+import urllib.request
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +49,16 @@ import optax
 import jaxbptt
 
 # The maze and the loss are those of examples/policy.py, in the repository.
-root = pathlib.Path(jaxbptt.__file__).resolve().parents[1]
-places = [root, *(pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt"))]
-sys.path.insert(0, str(next(p for p in places if (p / "examples" / "policy.py").exists())))
-from examples.policy import act, first_carry, first_params, loss, observe, percent
+POLICY = "https://raw.githubusercontent.com/jaxbptt/jaxbptt/main/examples/policy.py"
+places = [place for place in (".", "../examples") if os.path.exists(f"{place}/policy.py")]
+if not places:  # no clone around this notebook
+    urllib.request.urlretrieve(POLICY, "policy.py")
+sys.path[:0] = places or ["."]
+from policy import act, first_carry, first_params, loss, observe, percent
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps and seeds, for a quick run of all cells
-BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "0.5"
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "0.4"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## Agent and maze are one step
@@ -126,8 +126,7 @@ ax.axhline(50, color=GRAY, ls=":", lw=1)
 ax.text(STEPS, 46, "a coin at the junction", ha="right", va="top", color=GRAY)
 ax.set(xlabel="time step (and update)", ylabel="episodes that end in the exit, %", ylim=(0, 103))
 ax.set_title("A window of 1 learns to walk, and never to remember")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False, loc="upper left")
+ax.legend(loc="upper left")
 fig.tight_layout()
 plt.show()
 
@@ -186,15 +185,13 @@ for (name, (hs, _)), color in zip(paths.items(), (ORANGE, BLUE), strict=True):
 left.set(xlabel="first component of h", ylabel="second component")
 left.set_title("Two corridors that look the same")
 left.margins(0.15)
-left.legend(frameon=False)
+left.legend()
 for (name, (_, p)), color in zip(paths.items(), (ORANGE, BLUE), strict=True):
     right.plot(p[:, 0], "o-", color=color, ms=4, label=f"turn left, sign to the {name}")
 right.plot(paths["left"][1][:, 1], "s--", color=GRAY, ms=4, label="straight on, sign to the left")
 right.set(xlabel="position", ylabel="probability of the action", xticks=range(0, CORRIDOR + 1, 2))
 right.set_title("What it does")
-right.legend(frameon=False, loc="center")
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
+right.legend(loc="center")
 fig.tight_layout()
 plt.show()
 
@@ -246,7 +243,6 @@ ax.axvline(10.5, color=GRAY, ls=":", lw=1)
 ax.text(10.7, float(norms.max()) * 0.9, "no episode is longer", color=GRAY)
 ax.set(xlabel="lag (steps before the present)", ylabel="norm added to the sign's weights")
 ax.set_title("Credit for the sign, by how long ago it was seen")
-ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
 print(f"lag 0: {norms[0]}, beyond an episode's start: {norms[11:]}")

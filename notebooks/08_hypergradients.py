@@ -13,6 +13,8 @@
 # %% [markdown]
 # # Hypergradients: a learning rate that is learned, and the short-horizon bias
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/08_hypergradients.ipynb)
+#
 # A training run is a recurrent system. Its carry is the weights, a step is an update, and the learning rate is
 # a parameter of that step. So truncated backpropagation through *training* gives the gradient of the losses to come
 # with respect to the learning rate, while the training goes on. And it has the bias of all truncation, here in
@@ -24,19 +26,13 @@
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import os
@@ -51,7 +47,9 @@ import jaxbptt
 
 jax.config.update("jax_enable_x64", True)
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps, for a quick run of all cells
-BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "0.5"
+BLUE, ORANGE, GREEN, PINK, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+GRAY = "0.4"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## The system
@@ -135,8 +133,7 @@ ax.fill_between(
 )
 ax.set(xlabel="window (steps of training)", ylabel="d loss / d log α", xscale="log")
 ax.set_title("Short windows say: a smaller rate. Long ones: a larger.")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False)
+ax.legend()
 fig.tight_layout()
 plt.show()
 turn = int(np.argmax(np.asarray(hypergradients) < 0)) + 1
@@ -181,23 +178,22 @@ best = min(constant, key=lambda rate: float(constant[rate][-1]))
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
-shades = plt.cm.cividis(np.linspace(0.05, 0.9, len(WINDOWS)))
-for (window, (rates, losses)), shade in zip(runs.items(), shades, strict=True):
-    left.loglog(np.arange(1, INNER + 1), rates, color=shade, label=f"window {window}")
-    right.loglog(np.arange(1, INNER + 1), losses, color=shade, label=f"window {window}")
+for (window, (rates, losses)), color in zip(
+    runs.items(), (YELLOW, ORANGE, GREEN, BLUE), strict=True
+):
+    left.loglog(np.arange(1, INNER + 1), rates, color=color, label=f"window {window}")
+    right.loglog(np.arange(1, INNER + 1), losses, color=color, label=f"window {window}")
 right.loglog(
     np.arange(1, INNER + 1),
     constant[best],
-    color=ORANGE,
+    color=GRAY,
     ls="--",
     label=f"best constant, {best:.2g}",
 )
 left.axhline(RATE, color=GRAY, ls=":", lw=1)
 left.set(xlabel="step of training", ylabel="learning rate α", title="The rate each window chooses")
 right.set(xlabel="step of training", ylabel="expected loss", title="And where it leads")
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
-right.legend(frameon=False)
+right.legend()
 fig.tight_layout()
 plt.show()
 

@@ -13,6 +13,8 @@
 # %% [markdown]
 # # Pace: what a delay costs in learning, and what it saves in time
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxbptt/jaxbptt/blob/main/notebooks/10_pace.ipynb)
+#
 # A sliding window of K steps costs K pullbacks, one after the other, at every step. With `pace=p` an update takes
 # *all* cotangents in flight p lags further, in one batch: p pullbacks one after the other. The price is a delay. The
 # term of a loss at lag k comes k // p updates late, and by then the parameters have moved on.
@@ -25,24 +27,19 @@
 
 # %%
 import importlib.util
-import pathlib
+import os
 
 spec = importlib.util.find_spec("jaxbptt")
-# On a fresh Colab machine. A clone of the repository in this folder is found too, but it has no origin.
-if spec is None or spec.origin is None:
-    places = [pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt")]
-    found = [p for p in places if (p / "jaxbptt" / "_version.py").exists()]
-    if not found:
-        raise SystemExit(
-            "jaxbptt is not installed. Upload the repository or clone it beside this notebook, "
-            "into a folder called jaxbptt, and run this cell again; it installs from there."
-        )
-    # %pip install --quiet "{found[0]}[demo]"
+if spec is None or spec.origin is None:  # not installed; a clone in this folder has no origin
+    repository = "jaxbptt[demo] @ git+https://github.com/jaxbptt/jaxbptt"
+    source = os.environ.get("JAXBPTT_INSTALL", repository)
+    # %pip install --quiet "{source}"
 
 # %%
 import os
 import sys
 import time
+import urllib.request
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
@@ -56,13 +53,16 @@ from jax.flatten_util import ravel_pytree
 import jaxbptt
 
 # The maze and its loss are those of examples/policy.py, in the repository.
-root = pathlib.Path(jaxbptt.__file__).resolve().parents[1]
-places = [root, *(pathlib.Path(p).resolve() for p in (".", "..", "jaxbptt"))]
-sys.path.insert(0, str(next(p for p in places if (p / "examples" / "policy.py").exists())))
-from examples import policy
+POLICY = "https://raw.githubusercontent.com/jaxbptt/jaxbptt/main/examples/policy.py"
+places = [place for place in (".", "../examples") if os.path.exists(f"{place}/policy.py")]
+if not places:  # no clone around this notebook
+    urllib.request.urlretrieve(POLICY, "policy.py")
+sys.path[:0] = places or ["."]
+import policy
 
 SMALL = bool(os.environ.get("JAXBPTT_SMALL"))  # fewer steps and seeds, for a quick run of all cells
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "0.5"
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 # %% [markdown]
 # ## A model for symbols
@@ -351,9 +351,7 @@ for column, (name, (of, seconds, size)) in zip(axes.T, results.items(), strict=T
             ax.plot(at, curves.mean(0), color=color, lw=2, label=said)
     column[0].set(title=f"{name}, rate {RATES[middle]:g}", xlabel="step", ylabel=TASKS[name].label)
     column[1].set(xlabel="seconds", ylabel=TASKS[name].label)
-axes[0, 0].legend(frameon=False)
-for ax in axes.flat:
-    ax.spines[["top", "right"]].set_visible(False)
+axes[0, 0].legend()
 fig.tight_layout()
 plt.show()
 
@@ -372,8 +370,7 @@ for ax, (name, (of, *_)) in zip(axes, results.items(), strict=True):
     ax.set(xscale="log", xlabel="learning rate", ylabel=TASKS[name].label, title=name)
     ax.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
     ax.minorticks_off()
-    ax.spines[["top", "right"]].set_visible(False)
-axes[0].legend(frameon=False)
+axes[0].legend()
 fig.tight_layout()
 plt.show()
 print("more than without a pace, mean (sd over seeds, each against its own)")
@@ -489,8 +486,7 @@ for name, color, curve in (
     bottom.plot(at, curve.reshape(-1, 100).mean(1), color=color, label=name)
 bottom.set(xlabel="step (and update)", ylabel="bits per symbol")
 for ax in (top, bottom):
-    ax.legend(frameon=False, loc="upper right")
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper right")
 fig.tight_layout()
 plt.show()
 print(f"mean reach {reach.mean():.1f} of {LONGEST}; in the thirds", end=" ")

@@ -154,7 +154,7 @@ def test_the_edges_that_carry_gradient_are_those_that_the_windows_say(edges):
     assert edges.live_edges(jax.jit(edges.one_recorder)) == within | across
 
 
-@pytest.mark.parametrize("name", ["edges", "idea"])
+@pytest.mark.parametrize("name", [pytest.param("by_lag", marks=pytest.mark.slow), "edges", "idea"])
 def test_the_picture_can_be_drawn(name, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(DOCS)
