@@ -67,7 +67,7 @@ def test_every_link_is_absolute_since_the_readme_is_shown_elsewhere_too():
 
 def test_the_files_that_the_readme_names_exist():
     named = [file for link in re.findall(r"\]\(([^)]+)\)", TEXT) if (file := file_of(link))]
-    assert len(named) > 20
+    assert len(named) > 15
     assert not [file for file in named if not file.exists()]
     ours = [link for link in re.findall(r"https://[^)}\s]*", TEXT) if "jaxbptt" in link]
     assert [link for link in ours if not file_of(link)] == ["https://github.com/jaxbptt/jaxbptt"]
@@ -91,8 +91,8 @@ def test_the_addresses_of_the_project_are_the_same_everywhere():
 
 def test_the_readme_is_short():
     prose = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
-    prose = re.sub(r"\]\([^)]*\)", "]", prose)
-    assert len(prose.split()) < 900
+    prose = re.sub(r"\]\([^)]*\)", "]", re.sub(r"^\|.*$", "", prose, flags=re.MULTILINE))
+    assert len(prose.split()) < 750
 
 
 def test_the_readme_names_the_extras_and_the_defaults_that_there_are():
@@ -112,11 +112,6 @@ def test_the_readme_names_the_extras_and_the_defaults_that_there_are():
         taken = [inspect.signature(f).parameters.get(name) for f in of_all]
         assert {p.default for p in taken if p} == {ast.literal_eval(default)}
     assert {name for name, _ in rows} == {"every", "weights", "pace", "remat"}
-
-
-def test_every_notebook_is_named_in_the_readme():
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"/blob/main/notebooks/{path.name})" in TEXT
 
 
 def test_the_badges_say_what_the_project_says():
