@@ -138,6 +138,12 @@ def is_inexact(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
+def is_prng_key(value: Any) -> bool:
+    """Whether it is a typed key of `jax.random`, or its struct; numbers have no dtype."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
 def select_rows(flags: jax.Array, values: jax.Array) -> jax.Array:
     """The rows of `values` where the flag is set, else zeros."""
     return where_or_zero(flags.reshape(flags.shape + (1,) * (values.ndim - flags.ndim)), values)

@@ -22,6 +22,9 @@ _NUMBERS = (
 )
 
 
+# ------------------------------------------------------------ options
+
+
 def positive_int(name: str, value: Any) -> None:
     """Refuses a `window`, `every` or `remat` that is not a Python int of at least 1."""
     if isinstance(value, jax.core.Tracer):
@@ -105,6 +108,7 @@ def is_key(name: str, value: Any) -> None:
 def one_key(value: Any) -> None:
     """Refuses several keys where a random window is drawn."""
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    # An old-form key is itself an array of numbers.
     if len(value.shape) != (0 if typed else 1):
         raise ValueError(
             "window must be drawn from one key for a run, but its key is "
@@ -144,6 +148,9 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         choices = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
         raise ValueError(f"{name} must be {choices}, but got {value!r}.")
+
+
+# ------------------------------------------------------------ what a step is and returns
 
 
 def not_callable(step: Any) -> ValueError:
@@ -190,6 +197,7 @@ def same_type(
     ]
     if not rows:  # the same leaves in other containers
         rows = [f"{name}: {expected.treedef} {words[0]}, {got.treedef} {words[1]}"]
+    # With leaves that only one of the two has, a count of differing leaves would mislead.
     if wanted.keys() == came.keys() and differ:
         count = f"{len(rows)} of {len(wanted)} leaves differ{'s' if len(rows) == 1 else ''}"
     else:
@@ -234,6 +242,9 @@ def cast(expected: TreeType, got: TreeType) -> str:
 
 def _is_complex(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.complexfloating))
+
+
+# ------------------------------------------------------------ tapes and recorders
 
 
 def is_tape(value: Any, tape_class: type) -> None:
@@ -310,6 +321,9 @@ def other_step() -> ValueError:
     )
 
 
+# ------------------------------------------------------------ losses, reach and pace
+
+
 def loss_not_scalar(got: TreeType, every: int) -> TypeError:
     """The error for reverse mode with every > 1 through a y that is not a scalar loss."""
     came = ", ".join(str(t) for t in got.leaves) or "nothing"
@@ -384,6 +398,9 @@ def warn_of_parameters(stored: int, current: int) -> None:
         )
 
 
+# ------------------------------------------------------------ cotangents and inputs
+
+
 def rows_of(ct_ys: TreeType, window: int) -> int:
     """How many steps the cotangents `ct_ys` are for: the length of each leaf's first axis."""
     lengths = {path: leaf.shape[:1] for path, leaf in _by_path(ct_ys).items()}
@@ -412,6 +429,9 @@ def has_steps(xs: TreeType) -> None:
                 "xs must have a first axis over time steps in every leaf, but got "
                 f"xs{path}: {leaf}. Let f close over what is the same at all steps."
             )
+
+
+# ------------------------------------------------------------ words
 
 
 def _by_path(kind: TreeType) -> dict[str, LeafType]:

@@ -26,6 +26,7 @@ class Windows:
         Raises:
             ValueError: one of its leaves is not a positive int, or it has none.
         """
+        # None is no leaf to JAX, but here it stands for a part of the carry without any.
         leaves, treedef = jax.tree_util.tree_flatten_with_path(window, is_leaf=_is_leaf)
         if all(steps is None for _, steps in leaves):
             _errors.positive_int("window", window)
@@ -62,6 +63,8 @@ class Windows:
             ValueError: the window is no prefix of the carry, or has None for a part with leaves.
         """
         try:
+            # The window may be a prefix of the carry: one number then holds for all leaves of a
+            # part.
             parts = self.treedef.flatten_up_to(carry.tree())
         except (TypeError, ValueError) as cause:
             raise _errors.not_a_prefix(self.tree(), carry) from cause
@@ -254,6 +257,7 @@ class Reach:
             further = jnp.log(u) / jnp.log(jnp.float32(keep))
             lags = 1 + jnp.minimum(further, window).astype(jnp.int32)
             return cls(jnp.clip(lags, 1, window), keep)
+        # A Python int stays one, so that the program is that of a window of this length.
         if isinstance(reach, int) and not isinstance(reach, bool):
             return cls(min(max(reach, 1), window))
         dtype, shape = getattr(reach, "dtype", None), getattr(reach, "shape", None)

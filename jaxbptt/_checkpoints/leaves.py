@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jaxbptt import _errors
+from jaxbptt._arrays import is_prng_key
 from jaxbptt._training.state import Pending
 from jaxbptt._transforms.tape import Tape
 from jaxbptt._types import PyTree, leaf_type
@@ -59,7 +60,7 @@ class SavedLeaf:
                 f"state{self.path} must be an array that is there, but it was donated. Save a "
                 "state before the next call takes it."
             )
-        if _is_key(self.value):
+        if is_prng_key(self.value):
             return jax.random.key_data(self.value)
         return self.value if isinstance(self.value, jax.Array) else np.asarray(self.value)
 
@@ -71,7 +72,7 @@ class SavedLeaf:
             NumPy array, so that a NumPy array is read.
         """
         like: Any = self.value
-        if _is_key(self.value):
+        if is_prng_key(self.value):
             like = jax.eval_shape(jax.random.key_data, self.value)
         elif isinstance(self.value, int | float | complex):
             like = np.asarray(self.value)
@@ -91,7 +92,7 @@ class SavedLeaf:
             return type(self.value)(read.item())
         if isinstance(self.value, np.ndarray | np.generic):
             return np.asarray(read)
-        if _is_key(self.value):
+        if is_prng_key(self.value):
             return jax.random.wrap_key_data(jnp.asarray(read), impl=_key_impl(self.value))
         # JAX makes a weakly typed array of a Python number alone.
         if getattr(self.value, "weak_type", False) and not read.shape:
@@ -160,11 +161,6 @@ def _is_on_tape(node: Any, path: tuple) -> bool:
     )
 
 
-def _is_key(value: Any) -> bool:
-    dtype = getattr(value, "dtype", None)
-    return dtype is not None and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
-
-
 def _key_impl(keys: Any) -> Any:
     """The implementation of keys, which may be a ShapeDtypeStruct."""
     impls = []
@@ -180,7 +176,7 @@ def _check_savable(path: str, value: Any) -> None:
             f"{path} must be an array, but got the traced value {value}. Save outside of jit, "
             "between two calls of what is compiled."
         )
-    if _is_key(value):
+    if is_prng_key(value):
         return
     number = isinstance(value, int | float | complex)
     dtype = np.asarray(value).dtype if number else getattr(value, "dtype", None)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbptt._arrays import is_prng_key
 from jaxbptt._serialization import flax_serialization, serialize_with_flax
 from jaxbptt._transforms.tape import InFlight, Tape, in_flight_of, settings_of
 from jaxbptt._types import PyTree, leaf_type
@@ -66,7 +67,7 @@ def _restored(like: PyTree, state: Any, name: str) -> PyTree:
 
     def one(path: Any, like: Any, read: Any) -> jax.Array:
         value = jnp.asarray(read)
-        if _is_key(like):
+        if is_prng_key(like):
             # Of a struct JAX can't tell the implementation: then it is the default one.
             impl = jax.random.key_impl(like) if isinstance(like, jax.Array) else None
             value = jax.random.wrap_key_data(value, impl=impl)
@@ -82,11 +83,7 @@ def _restored(like: PyTree, state: Any, name: str) -> PyTree:
 
 
 def _key_data(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda v: jax.random.key_data(v) if _is_key(v) else v, tree)
-
-
-def _is_key(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+    return jax.tree.map(lambda v: jax.random.key_data(v) if is_prng_key(v) else v, tree)
 
 
 def _step(tape: Tape) -> np.ndarray:

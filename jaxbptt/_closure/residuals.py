@@ -86,6 +86,7 @@ def _trace_derive(
     known: list[bool] = []
 
     def derive(*weights: Any) -> list:
+        # Under "stored" nothing is known beforehand: each step's own parameters count.
         args = [UNKNOWN if stored else v for v in weights]
         args += [UNKNOWN] * (len(inputs) - n_weights)
         outs = interpret(forward.jaxpr, forward.consts, args, known_rule)
@@ -133,6 +134,8 @@ def _from_others(v: Any, kept: dict, maker: dict) -> list[core.JaxprEqn] | None:
             continue
         if at not in maker or len(found) == _MOST:
             return None
+        # What is made cheaply of what is cheaply made again counts too, up to a few equations in
+        # all.
         found[at] = maker[at]
         open_ends += variables(maker[at].invars)
     return list(found.values())

@@ -105,6 +105,7 @@ def gradient_by_lag(
     terms, lams = ([padded(v, unreached) for v in vs] for vs in (found.params, found.carry))
     # Behind the last lag that is reached the sum of contributions doesn't fall back to zero.
     sums = [jnp.pad(v, (0, unreached), mode="edge") for v in found.sums]
+    # Leaves that no gradient flows through are put back, as zeros or as float0.
     of_params, of_carry = closure.layout.followed.params, closure.layout.followed.carry
     partial = _norms(of_params, sums, params, length)
     if not full:

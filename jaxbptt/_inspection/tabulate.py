@@ -146,6 +146,7 @@ def tabulate(
     nbytes = jax.eval_shape(recorder.init, *given.values()).nbytes
     closure = trace_recorder(recorder, *given.values())
     rows = _rows(closure, given)
+    # What each of JAX's policies would leave on the tape, found by tracing the step under it.
     tried = [_under_policy(recorder, name, closure, given) for name in _POLICIES.split()]
     policies = [policy for policy in tried if policy]
     return Table(rows, nbytes, policies, _suggestion(_ring_bytes(closure), policies))

@@ -163,6 +163,7 @@ def in_one_piece(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     def whole(*args: Any) -> list:
         return core.jaxpr_as_fun(closed)(*args)
 
+    # Its name is what `interpret` knows it by, and leaves it as it is.
     whole.__name__ = _WHOLE
     return jax.make_jaxpr(jax.jit(whole))(*(struct_like(v.aval) for v in closed.jaxpr.invars))
 

@@ -74,6 +74,7 @@ def with_rule(run: Callable, forward: Callable, backward: Callable, axes: Axes) 
 
 def _in_sight(axes: Axes, function: Callable[[], PyTree]) -> PyTree:
     """What a function returns, which may close over arrays, with all these axes in sight."""
+    # Differentiated inside of the map, its axes are in sight as they are.
     missing = [(name, size) for name, size in axes if not _is_in_sight(name)]
     return with_axes(missing, function) if missing else function()
 
@@ -81,6 +82,7 @@ def _in_sight(axes: Axes, function: Callable[[], PyTree]) -> PyTree:
 def as_mapped(axes: Axes, tree: PyTree) -> PyTree:
     """The same arrays, which JAX takes for others in each row of the mapped axes."""
     for name, _ in axes:
+        # Whatever depends on the index of the row counts as different in each.
         index = lax.axis_index(name)
         if not varying(jax.typeof(index)):  # else it is an axis of a mesh, of which types tell
             tree = jax.tree.map(lambda v, i=index: _either(i < 0, v), tree)

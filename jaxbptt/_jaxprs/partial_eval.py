@@ -75,6 +75,7 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
         outs = trip(carry, x)
         return drop(outs[: len(init)], init), drop(outs[len(init) :], ys_kinds)
 
+    # The known part of the loop runs by itself; the rest of it will run with the step.
     last, ys = lax_scan(
         known_trip,
         drop(init, init),
@@ -99,6 +100,7 @@ def _known_cond(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     runs = [runner(branch) for branch in eqn.params["branches"]]
     each = [_kinds(run, drop(operands, operands)) for run in runs]
     kinds = [UNKNOWN if UNKNOWN in kind else None for kind in zip(*each, strict=True)]
+    # All branches must give the same outputs: those that every one of them knows.
     branches = [lambda arrays, run=run: drop(run(arrays), kinds) for run in runs]
     platforms = eqn.params.get("branches_platforms")
     if platforms is None:

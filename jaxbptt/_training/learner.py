@@ -161,6 +161,7 @@ class Learner:
             pending = state.pending.with_step(tape, ct_y, loss, ct_params)
             due = is_due(tape) if ends is None else is_due(tape) | ends
             new = self._end_group(state, tape, pending, due, finite, back, full=ends is None)
+            # The next step then begins a group, as after a full one.
             tape = tape if ends is None else with_group_ended(tape, due)
         # The loss and the metrics stay as they are: they tell of the step that was rolled back.
         if new.finite is not None:
@@ -522,6 +523,7 @@ class _Updated(NamedTuple):
 def _ascent(ct: PyTree, ct_params: list) -> PyTree:
     """The direction of steepest ascent, of a cotangent and what the loss itself adds to it."""
     if ct_params:
+        # Half precisions are added in float32 and rounded once.
         leaves, treedef = jax.tree.flatten(ct)
         pairs = zip(leaves, ct_params, strict=True)
         sums = [(widened(a) + widened(b)).astype(a.dtype) for a, b in pairs]

@@ -73,6 +73,7 @@ def loss_and_ct_y(loss: Callable, y: PyTree, x: PyTree, params: PyTree) -> LossA
     # allow_int: there may be integers and keys among the leaves. Their cotangents are float0.
     with_ct = jax.value_and_grad(of, has_aux=True, allow_int=True)
     (value, aux), ct = with_ct((y, params if takes_params(loss) else None))
+    # Leaves without a gradient drop out, as in all lists of cotangents.
     ct_y, ct_params = (
         [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0] for tree in ct
     )

@@ -72,6 +72,7 @@ def step_optimizer(
     Raises:
         TypeError: the optimiser returns changes or a state of another type.
     """
+    # An optimiser that lowers its rate on a plateau asks for the loss.
     extra = {"value": loss} if _takes_value(optimizer.update) else {}
     # optax multiplies integer counts and float schedules, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):

@@ -162,6 +162,8 @@ class SeparateChains:
         reached = [end <= reach_of_rows(w, outputs, every) for w in of_leaves]
         into_init = [where_or_zero(r, lam) for r, lam in zip(reached, ct.carry, strict=True)]
         start = newest if self.reverse else newest + 1 - steps + self.padding
+        # x̄ comes newest first, which is the order of the rows where the run goes from the last to
+        # the first.
         xs = [v if self.reverse else jnp.flip(v, 0) for v in ct.xs]
         return ChainSums(
             _added(sums.weights, densify(ct.weights, self.weights)),

@@ -65,6 +65,8 @@ def with_float0(mask: Mask, cts: list, primal: PyTree, rows: tuple[int, ...] = (
 def _with_float0_for_none(ct: PyTree, primal: TreeType, rows: tuple[int, ...]) -> PyTree:
     """The cotangent with float0 arrays where it has None for a leaf without a gradient."""
     try:
+        # None has no leaves: the tree is taken apart at the places where y, or the carry, has its
+        # own.
         parts = primal.treedef.flatten_up_to(ct)
     except (TypeError, ValueError):
         return ct  # what is wrong with it is said when it is checked
@@ -127,6 +129,7 @@ def value_and_ct_y(loss: Callable[[PyTree], Any], y: PyTree) -> tuple[tuple[Any,
         (value,) = jax.tree.leaves(value)
         return value, (value, returned[1]) if pair else value
 
+    # y may have integers among its leaves, of which the cotangent is float0.
     with_ct = jax.value_and_grad(scalar, has_aux=True, allow_int=True)
     (value, returned), ct_y = with_ct(y)
     return (value, returned), ct_y

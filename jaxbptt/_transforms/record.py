@@ -259,6 +259,8 @@ class Recorder:
         ct = pull_window(closure, window, arriving, Wanted(closed_over=False, xs=True))
         of_params = ct.weights[len(closure.kinds.closed_over) :]
         length, followed = closure.layout.window, closure.layout.followed
+        # The sweep goes from the newest step back; what is returned is in the order of time, as
+        # ct_ys.
         xs = [jnp.flip(padded(v, length - window.steps), 0) for v in ct.xs]
         return Cotangents(
             with_float0(followed.params, of_params, params),
@@ -470,11 +472,13 @@ def _blank_tape(
         closure.sources,
     )
     slot, slots = slot_types(recorder, closure, carry, x), math.prod(settings.slots)
-    if recorder.weights == "stored" and slots * size_in_bytes(slot) > _LARGE:
+    # With symbolic dimensions nobody knows how large it will be.
+    nbytes = slots * size_in_bytes(slot)
+    if recorder.weights == "stored" and isinstance(nbytes, int) and nbytes > _LARGE:
         # Traced once more, for only the difference tells what is there of parameters alone.
         without = dataclasses.replace(recorder, weights="current")
         smaller = trace_recorder(without, params, carry, x, closure.sources).slot
-        _errors.warn_of_parameters(slots * size_in_bytes(slot), slots * size_in_bytes(smaller))
+        _errors.warn_of_parameters(nbytes, slots * size_in_bytes(smaller))
     lam = [leaf_type(kind) for kind in closure.kinds.carry]
     return blank(carry, slot, lam, settings)
 
@@ -488,6 +492,7 @@ def record_step(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     closure, tape = closure_for(recorder, params, tape, x)
     leaves = [jax.tree.leaves(tree) for tree in (params, tape.carry, x)]
     made = closure.run(*leaves)
+    # A slot is either what the step was given or what its derivative keeps.
     replays = recorder.weights == "replayed"
     recorded = [*leaves[1], *leaves[2]] if replays else made.recorded
     return push(tape, made.step[0], recorded), made.step[1]
@@ -627,6 +632,7 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
         ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)
         newest = [*window.read(0), *window.invariant]
         x = pull_newest_x(closure, newest, ct_carry, of_y, asked)
+        # Closed-over arrays and parameters are contracted together, as weights.
         n = len(kinds.closed_over)
         return _GroupCotangents(ct.weights[:n], ct.weights[n:], x)
 

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,14 +124,14 @@ def _pair(inputs: PyTree) -> tuple[PyTree, jax.Array]:
     if not isinstance(inputs, tuple | list) or len(inputs) != 2:
         raise ValueError(
             "x must be a pair (x, is_first) for a step with resets, but got "
-            f"{_described(inputs)}. Pass the flags along, e.g. xs=(xs, is_first) to scan."
+            f"{_errors.describe(inputs)}. Pass the flags along, e.g. xs=(xs, is_first) to scan."
         )
     x, is_first = inputs
     flags = as_strong_arrays(is_first, "is_first") if is_one_leaf(is_first) else None
     if flags is None or flags.dtype != jnp.bool:
         raise ValueError(
             "is_first must be a bool array, True where a sequence starts, but got "
-            f"{_described(is_first)}. Compare to get one, e.g. is_first != 0."
+            f"{_errors.describe(is_first)}. Compare to get one, e.g. is_first != 0."
         )
     return x, flags
 
@@ -170,13 +169,3 @@ def _fits(initial: LeafType, carry: LeafType) -> bool:
     sizes = zip(reversed(initial.shape), reversed(carry.shape), strict=False)
     shorter = len(initial.shape) <= len(carry.shape)
     return initial.dtype == carry.dtype and shorter and all(i in (1, c) for i, c in sizes)
-
-
-def _described(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array {leaf_type(value)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of length {len(value)}"
-    if isinstance(value, int | float) or value is None:
-        return repr(value)
-    return f"a {type(value).__name__}"

@@ -193,6 +193,7 @@ class _Sweep:
     ) -> tuple[Any, list]:
         """A block of steps backwards: λ and the sums before it, x̄ in it."""
         lam, sums, contracted = state
+        # Rows of the part at hand; the run's own rows begin at `first`.
         places = start + jnp.arange(size, dtype=jnp.int32)
         these = block_of(stacks, start, size)
         # The three parts of the body: before the loop over this block's steps, in it, and after it.
@@ -242,6 +243,7 @@ class _Sweep:
         if groups.chains > 1:
             lam = self.chains.pull(values, lam, step)
         else:
+            # Leaves of λ that are known to be zero are not in the loop's state.
             older = merge(outs[:n], self.contraction.outs[: len(lam)])
             lam = densify(older, self.run.closure.kinds.carry)
         return (lam, sums), saved

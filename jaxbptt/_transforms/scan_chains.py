@@ -144,6 +144,8 @@ class Chains:
             return [0 for _ in counts]
         if self.groups.parts:
             return [jnp.arange(n, dtype=jnp.int32) for n in counts]
+        # Slot g mod n belongs to group g: how far it is from the step's own group is the chain's
+        # age.
         return [(jnp.arange(n, dtype=jnp.int32) - self.groups.own(step)) % n for n in counts]
 
     def _followed(self, step: Any, lam: list, flags: list) -> list:

@@ -157,6 +157,7 @@ def blank(
     ring = [zeros(_laid_out(leaf, settings.slots)) for leaf in slot]
     in_flight = None
     if settings.pace is not None:
+        # One λ for each column of the ring: a chain starts in the column of its step.
         chains = [zeros(leaf.stacked(settings.slots[1])) for leaf in lam]
         in_flight = InFlight(chains, jnp.zeros((), jnp.int32))
     # Three arrays rather than one thrice: a buffer can be donated only once.
@@ -232,6 +233,7 @@ def _same_sharding(
 ) -> None:
     """Says which types differ where JAX would speak of the ring's write."""
     for leaf, value in zip(map(leaf_type, ring), map(leaf_type, residuals), strict=True):
+        # On a mesh with Explicit axes JAX would speak of the operands of an update of a slice.
         slot = _laid_out(value, slots).sharding
         if leaf.sharding != slot:
             raise ValueError(
@@ -271,6 +273,7 @@ def _exactly(leaves: list[jax.Array]) -> list[jax.Array]:
     It can't move the rounding over a multiplication, and so there is one, by one.
     """
 
+    # Behind a barrier the compiler can't see that the factor is one.
     def times_one(*leaves: jax.Array) -> list[jax.Array]:
         one = lax.optimization_barrier(jnp.ones((), jnp.float32))
         return [v * one if v.dtype == jnp.float32 else v for v in leaves]
@@ -317,6 +320,8 @@ def check_counters(tape: Tape) -> None:
         got["_in_flight.count"] = _type_or_none(tape._in_flight.count)
     for i, leaf in enumerate(tape._ring):
         kind = got[f"_ring[{i}]"] = _type_or_none(leaf)
+        # Only the axes of the slots are known here; what lies in a slot is compared with the
+        # step's.
         shape = (*slots, *kind.shape[len(slots) :]) if kind else slots
         expected[f"_ring[{i}]"] = LeafType(shape, kind.dtype) if kind else kind
     _errors.same_leaves_as_made(expected, got)

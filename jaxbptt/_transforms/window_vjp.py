@@ -179,6 +179,7 @@ def _segments(closure: Closure, window: Window, arriving: Arriving) -> list[_Seg
     """The window cut where a part's window is over, and where the last row of ȳ is."""
     # With a reach below the number of rows the older ones are not reached.
     n, rows = len(closure.kinds.carry), min(arriving.rows, window.steps)
+    # The loop goes by lag, and cotangents come in the order of time.
     newest_first = [jnp.flip(leaf, 0)[:rows] for leaf in arriving.ys]
     # One loop is cheaper than two, where rows of zeros cost next to nothing.
     together = rows == window.steps or (closure.indifferent_to_y and not window.parts)
@@ -266,6 +267,7 @@ def _sweep(
         older, xs = made.outs[: len(lam)], made.outs[len(lam) :]
         older = _scaled(older, window.keep, jnp.int32(-1)) if window.keep != 1 else older
         lam = _each(jnp.where, [live & f for f in followed], older, lam)
+        # An operand of a lag that is not reached adds nothing to the product.
         kept = [where_or_zero(live, v) for v in (*xs, *made.operands)]
         return (lam, contraction.add(sums, made.summands, live)), kept
 
@@ -295,6 +297,7 @@ def _blocks_as_far_as_the_reach(
 ) -> WindowCotangents:
     """A segment's lags in blocks, as many as the reach asks for, each contracted at its end."""
     length = segment.stop - segment.start
+    # The last block may reach behind the segment: its rows are padded, and masked by the trip.
     block = min(_BLOCK, length)
     rows = -(-length // block) * block
     ct_ys = [padded(leaf, rows - length) for leaf in segment.ct_ys]
