@@ -27,7 +27,7 @@ import jaxbptt
 TASKS = ("copy-2", "copy-6", "copy-10", "copy-25", "characters")
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 LONGEST, UNITS, STREAMS, NOISE = 64, 32, 16, 0.1
-LOOKS, LOOKED_AT = 8, 1000  # moments of a run, and steps of each half of the streams
+LOOKS, LOOKED_AT = 16, 1000  # moments of a run, and steps of each half of the streams
 
 
 # ------------------------------------------------------------ tasks
@@ -153,11 +153,12 @@ def advice(task, seed, moments):
         params = jax.tree.map(lambda v, i=i: v[i], moments)
         xs = stream(task, 500 + 100 * seed + i, LONGEST + LOOKED_AT)
         bias, decay = expected(params, xs), by_norms(params, jax.tree.map(lambda v: v[:400], xs))
-        shown = [float(v) for v in bias.relative]
+        share, relative = (np.round(v, 2) for v in (bias.share, bias.relative))
         print(
-            f"  moment {i}: signal {float(bias.signal):.2f}, bias", np.round(shown, 2), flush=True
+            f"{task}, moment {i}: signal {float(bias.signal):.2f}, {share=}, {relative=}",
+            flush=True,
         )
-        said = int(bias.window_within(0.5)) if bias.signal > 0.5 else None
+        said = int(bias.window_for(0.75)) if bias.signal > 0.5 else None
         norms = [decay.window_for(0.95), decay.window_within(0.1), decay.window_within(0.5)]
         rows.append([said, *map(int, norms)])
     return rows

@@ -1,4 +1,4 @@
-"""`estimate_bias`: what each window misses of the expected gradient, told from the noise."""
+"""`estimate_bias`: what each window has of the expected gradient, told from the noise."""
 
 import dataclasses
 import functools
@@ -24,21 +24,21 @@ from jaxbptt._types import PyTree, StepFn, leaf_type
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bias:
-    """What each window misses of the expected gradient; made by `estimate_bias` or by `of`.
+    """What each window has of the expected gradient; made by `estimate_bias` or by `of`.
 
     With ĝ_K the gradient of a window of K, ĝ that of the longest one here, and E the mean over
-    the data at fixed parameters. The squares are unbiased estimates, and may fall below 0.
+    the data at fixed parameters. All are unbiased estimates, and squares may fall below 0.
 
     Attributes:
-        missed: ‖E[ĝ - ĝ_K]‖², float (n,), one for each of `windows`; 0 for the longest.
-        full: ‖E[ĝ]‖², float scalar.
+        kept: ⟨E[ĝ_K], E[ĝ]⟩, float (n,), one for each of `windows`; the last is ‖E[ĝ]‖².
+        missed: ‖E[ĝ - ĝ_K]‖², float (n,); the last is 0.
         measured: float scalar, the mean over the runs of ‖ĝ‖², in which what is left of the noise
             counts.
         windows: the windows K, n ints, static.
     """
 
+    kept: jax.Array
     missed: jax.Array
-    full: jax.Array
     measured: jax.Array
     windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
@@ -46,11 +46,11 @@ class Bias:
     def of(cls, runs: ByRange) -> "Bias":
         """The estimate from independent runs, for which no two of them have noise in common.
 
-        With s_r what run r has found of a vector, summed or averaged over its steps,
+        With s_r, v_r what run r has found of two vectors, summed or averaged over its steps,
 
-            ‖E[s]‖² is estimated by the mean of ⟨s_q, s_r⟩ over all pairs q ≠ r
+            ⟨E[s], E[v]⟩ is estimated by the mean of ⟨s_q, v_r⟩ over all pairs q ≠ r
 
-        whose expectation has no term of noise, as that of ‖s_r‖² has.
+        whose expectation has no term of noise, as that of ⟨s_r, v_r⟩ has.
 
         Args:
             runs: what `gradient_by_range` found in each run, added up over its steps at fixed
@@ -62,52 +62,79 @@ class Bias:
         """
         _check_runs(runs)
         leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(runs.params)]
-        # Behind each window, what the ranges from there on add up to: first of all, so of ĝ.
-        tails = [jnp.flip(jnp.cumsum(jnp.flip(leaf, 1), axis=1), 1) for leaf in leaves]
-        n = len(leaves[0])
-        alone = [_squares(tail).sum(0) for tail in tails]
-        together = [_squares(tail.sum(0)) for tail in tails]
-        # ‖Σ s_r‖² is the sum over all pairs, of which those of a run with itself go.
-        own, every = (functools.reduce(jnp.add, _widest(v)) for v in (alone, together))
-        found = (every - own) / (n * (n - 1))
-        return cls(jnp.append(found[1:], 0), found[0], own[0] / n, runs.windows)
+        full = [leaf.sum(1, keepdims=True) for leaf in leaves]
+        up_to = [jnp.cumsum(leaf, axis=1) for leaf in leaves]
+        # Summed from the far end, where the terms are small; behind the last window is nothing.
+        from_on = [jnp.flip(jnp.cumsum(jnp.flip(leaf, 1), axis=1), 1) for leaf in leaves]
+        missed = [jnp.pad(tail[:, 1:], ((0, 0), (0, 1), (0, 0))) for tail in from_on]
+        measured = _sum_of(lambda v: _inner(v, v).mean(0)[0], full)
+        return cls(
+            _sum_of(_over_pairs, up_to, full),
+            _sum_of(_over_pairs, missed, missed),
+            measured,
+            runs.windows,
+        )
+
+    @property
+    def share(self) -> jax.Array:
+        """⟨E[ĝ_K], E[ĝ]⟩ / ‖E[ĝ]‖², float (n,); 0 where the latter can't be told from zero."""
+        full = self.kept[..., -1:]
+        return jnp.where(full > 0, self.kept / jnp.where(full > 0, full, 1), 0)
 
     @property
     def relative(self) -> jax.Array:
         """‖E[ĝ - ĝ_K]‖ / ‖E[ĝ]‖, float (n,); inf where the latter can't be told from zero."""
-        full = self.full[..., None]
+        full = self.kept[..., -1:]
         part = jnp.sqrt(jnp.maximum(self.missed, 0) / jnp.where(full > 0, full, 1))
         return jnp.where(full > 0, part, jnp.inf)
 
     @property
     def signal(self) -> jax.Array:
         """How much of `measured` isn't noise, float scalar: 1 for all, below a half look longer."""
-        return jnp.where(self.measured > 0, self.full / self.measured, 0)
+        return jnp.where(self.measured > 0, self.kept[..., -1] / self.measured, 0)
 
     def __repr__(self) -> str:
-        relative = self.relative
-        if relative.ndim > 1 or isinstance(relative, jax.core.Tracer):
+        share = self.share
+        if share.ndim > 1 or isinstance(share, jax.core.Tracer):
             return f"Bias(windows={self.windows})"
-        rows = zip(self.windows, relative.tolist(), strict=True)
-        return f"Bias({', '.join(f'{window}: {part:.2g}' for window, part in rows)})"
+        rows = zip(self.windows, share.tolist(), strict=True)
+        return f"Bias(share={{{', '.join(f'{window}: {part + 0:.2g}' for window, part in rows)}}})"
 
-    def window_within(self, delta: Any = 0.5) -> jax.Array:
-        """The smallest of the windows whose relative bias is at most `delta`.
+    def window_for(self, share: Any = 0.75) -> jax.Array:
+        """The smallest of the windows that has at least this share of the expected gradient.
 
         Args:
-            delta: above 0. Below 1 the truncated gradient leads downhill all the same; at 0.5 it
-                is at most 30 degrees off.
+            share: above 0, at most 1.
 
         Returns:
-            int32 scalar: what is missed lies in the range of lags above half of it, so it is up to
-            twice as long as need be. The longest of the windows says no more than that
+            int32 scalar, at most about twice as long as need be, as all that is known is the range
+            of lags in which the share is reached. The longest of the windows says no more than that
             no shorter one will do: measure with a longer one. 2³¹-1 where the expected gradient
             can't be told from zero.
 
         Raises:
+            ValueError: `share` is not one number, above 0 and at most 1.
+        """
+        # A share may be passed and fallen below again, where ranges differ in sign.
+        enough = self.share >= checked_bound("share", share, 1.0, self.missed)
+        return self._smallest(jnp.flip(jnp.cumprod(jnp.flip(enough, -1), axis=-1), -1) > 0)
+
+    def window_within(self, delta: Any) -> jax.Array:
+        """The smallest of the windows whose relative bias is at most `delta`.
+
+        Args:
+            delta: above 0. Below 1 the truncated gradient leads downhill all the same.
+
+        Returns:
+            int32 scalar, as for `window_for`.
+
+        Raises:
             ValueError: `delta` is not one number, above 0.
         """
-        enough = self.relative <= checked_bound("delta", delta, math.inf, self.missed)
+        return self._smallest(self.relative <= checked_bound("delta", delta, math.inf, self.missed))
+
+    def _smallest(self, enough: jax.Array) -> jax.Array:
+        """The smallest window that is enough."""
         # Of equal values argmax takes the first.
         found = jnp.array(self.windows, jnp.int32)[jnp.argmax(enough, axis=-1)]
         return jnp.where(enough.any(axis=-1), found, NO_WINDOW)
@@ -122,18 +149,19 @@ def estimate_bias(
     *,
     window: PyTree,
 ) -> Bias:
-    """Estimates how biased the gradient of each window is, in expectation.
+    """Estimates how much of the expected gradient each window has.
 
     With ĝ_K the gradient of one step's loss that a window of K gives, K = 1, 2, 4, … `window`,
 
-        bias(K) = ‖E[ĝ - ĝ_K]‖ / ‖E[ĝ]‖
+        share(K) = ⟨E[ĝ_K], E[ĝ]⟩ / ‖E[ĝ]‖²        bias(K) = ‖E[ĝ - ĝ_K]‖ / ‖E[ĝ]‖
 
-    where ĝ is that of the whole window, and E the mean over the data at fixed parameters.
-    `window_within(0.5)` of the result is a window to train with.
+    where ĝ is that of the whole window, and E the mean over the data at fixed parameters. Of
+    what the loss falls by a small step against E[ĝ], share(K) is left by a step against E[ĝ_K].
+    `window_for(0.75)` of the result is a window to train with.
 
     It is not the norm of what single steps miss: at long lags that is mostly noise, which an
     optimiser averages out, and asks for windows many times too long. So terms are added
-    up over a run, and the squared norm of the mean is estimated by the inner product of the
+    up over a run, and products of means are estimated by the inner products of the
     sums of independent runs, to which noise adds nothing. Every other step would not do for
     a second run: neighbours have all but one step of their windows in common. So take other
     streams of the batch, or stretches of one stream one after the other, much longer than the
@@ -156,7 +184,7 @@ def estimate_bias(
             it counts as none.
 
     Returns:
-        A `Bias`, with `window_within(delta)`.
+        A `Bias`, with `window_for(share)` and `window_within(delta)`.
 
     Raises:
         ValueError: `xs` are not two runs or more, each longer than the window; `carry` has another
@@ -181,8 +209,8 @@ def estimate_bias(
         >>> loss = lambda y, x: (y - 1) ** 2
         >>> xs = jnp.ones((2, 40))  # two runs of 40 steps
         >>> bias = jaxbptt.estimate_bias(step, loss, 0.5, jnp.zeros((2, 5)), xs, window=8)
-        >>> print(bias, bias.window_within(0.5))
-        Bias(1: 1, 2: 1, 4: 1, 8: 0) 8
+        >>> print(bias, bias.window_for(0.75))
+        Bias(share={1: 0, 2: 0, 4: 0, 8: 1}) 8
     """
     takes_params = _takes_params(loss)
     rec = record(step, window=window, weights="current")
@@ -242,16 +270,23 @@ def _with_own_params(terms: ByRange, ct_params: PyTree) -> ByRange:
     return dataclasses.replace(terms, params=jax.tree.unflatten(structure, added))
 
 
-def _squares(value: jax.Array) -> jax.Array:
-    """The squared norms along the last axis."""
-    value = jnp.abs(value)
-    return jnp.sum(value * value, axis=-1)
+def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Real inner products along the last axis."""
+    return jnp.sum(jnp.real(jnp.conj(a) * b), axis=-1)
 
 
-def _widest(values: list[jax.Array]) -> list[jax.Array]:
-    """All in the widest of their dtypes."""
-    dtype = max((v.dtype for v in values), key=lambda d: jnp.finfo(d).bits)
-    return [v.astype(dtype) for v in values]
+def _over_pairs(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The mean of ⟨a_q, b_r⟩ over the pairs of different runs, from (runs, n, size)."""
+    n = len(a)
+    # ⟨Σ a, Σ b⟩ has all pairs, of which those of a run with itself go.
+    return (_inner(a.sum(0), b.sum(0)) - _inner(a, b).sum(0)) / (n * (n - 1))
+
+
+def _sum_of(function: Callable, *leaves: list[jax.Array]) -> jax.Array:
+    """The sum over the leaves, in the widest of their dtypes."""
+    found = [function(*values) for values in zip(*leaves, strict=True)]
+    dtype = max((v.dtype for v in found), key=lambda d: jnp.finfo(d).bits)
+    return functools.reduce(jnp.add, [v.astype(dtype) for v in found])
 
 
 def _check_inputs(carry: PyTree, xs: PyTree, window: int) -> None:

@@ -25,58 +25,80 @@ def stacked(*runs, windows=(1, 2, 4)):
 def test_without_noise_it_is_what_the_ranges_say():
     one = [[3.0, 0.0], [0.0, 1.0], [0.0, 3.0]]
     bias = Bias.of(stacked(one, one))
+    assert bias.kept.tolist() == [9, 13, 25]
     assert bias.missed.tolist() == [16, 9, 0]
-    assert bias.full.tolist() == bias.measured.tolist() == 25
+    assert bias.measured == 25
     assert bias.signal == 1
+    np.testing.assert_allclose(bias.share, [0.36, 0.52, 1], rtol=1e-15)
     assert bias.relative.tolist() == [0.8, 0.6, 0]
+    assert [int(bias.window_for(s)) for s in (0.3, 0.36, 0.37, 0.52, 0.53, 1)] == [1, 1, 2, 2, 4, 4]
     assert [int(bias.window_within(d)) for d in (0.8, 0.79, 0.6, 0.5, 1e-9)] == [1, 2, 2, 4, 4]
-    assert bias.window_within().dtype == jnp.int32
-    assert repr(bias) == "Bias(1: 0.8, 2: 0.6, 4: 0)"
+    assert bias.window_for().dtype == bias.window_within(0.5).dtype == jnp.int32
+    assert repr(bias) == "Bias(share={1: 0.36, 2: 0.52, 4: 1})"
+
+
+def test_a_share_that_falls_again_is_not_enough():
+    one = [[4.0], [-3.0], [3.0]]
+    bias = Bias.of(stacked(one, one))
+    assert bias.share.tolist() == [1, 0.25, 1]
+    assert bias.window_for(0.75) == 4
+    assert bias.window_for(0.2) == 1
 
 
 def test_pairs_of_runs_by_hand():
     rng = np.random.default_rng(0)
     runs = rng.normal(size=(3, 3, 5)) + 1j * rng.normal(size=(3, 3, 5))
     bias = Bias.of(stacked(*runs))
-    for i, found in enumerate([bias.full, *bias.missed[:-1]]):
-        of = runs[:, i:].sum(1)  # what is left from range i on
-        pairs = [np.vdot(of[q], of[r]).real for q in range(3) for r in range(3) if q != r]
-        np.testing.assert_allclose(found, np.mean(pairs), rtol=1e-12)
-    np.testing.assert_allclose(bias.measured, np.mean(np.abs(runs.sum(1)) ** 2 * 5), rtol=1e-12)
+    pairs = [(q, r) for q in range(3) for r in range(3) if q != r]
+    whole = runs.sum(1)
+    for i in range(3):
+        kept, behind = runs[:, : i + 1].sum(1), runs[:, i + 1 :].sum(1)
+        want = np.mean([np.vdot(kept[q], whole[r]).real for q, r in pairs])
+        np.testing.assert_allclose(bias.kept[i], want, rtol=1e-12)
+        want = np.mean([np.vdot(behind[q], behind[r]).real for q, r in pairs])
+        np.testing.assert_allclose(bias.missed[i], want, rtol=1e-12)
+    want = np.mean([np.vdot(v, v).real for v in whole])
+    np.testing.assert_allclose(bias.measured, want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 5])
-def test_squares_are_unbiased_whatever_the_noise(n):
+def test_products_are_unbiased_whatever_the_noise(n):
     rng = np.random.default_rng(n)
     mean = rng.normal(size=(3, 4)) / 2
     draws = mean + 2 * rng.normal(size=(40_000, n, 3, 4))
     bias = jax.jit(jax.vmap(lambda runs: Bias.of(ByRange(runs, (1, 2, 4)))))(draws)
-    behind = [mean.sum(0), mean[1:].sum(0), mean[2:].sum(0)]
-    for found, of in zip([bias.full, *bias.missed.T], behind, strict=False):
-        want, spread = np.sum(of**2), np.std(found) / np.sqrt(len(found))
-        assert abs(np.mean(found) - want) < 4 * spread
-        assert spread < 0.2
-    # The square of the mean over the runs has more than ten times as much of noise alone.
-    assert np.mean(bias.measured) > 10 * np.sum(behind[0] ** 2)
+    whole = mean.sum(0)
+    for i in range(3):
+        behind = mean[i + 1 :].sum(0)
+        for found, want in (
+            (bias.kept[:, i], (whole - behind) @ whole),
+            (bias.missed[:, i], behind @ behind),
+        ):
+            spread = np.std(found) / np.sqrt(len(found))
+            assert abs(np.mean(found) - want) <= 4 * spread
+            assert spread < 0.2
+    # The square of what a single run has found is noise for the most part.
+    assert np.mean(bias.measured) > 5 * whole @ whole
 
 
 def test_a_gradient_that_is_noise_gives_no_window():
     bias = Bias.of(stacked([[1.0], [1.0], [1.0]], [[-1.0], [-1.0], [-1.0]]))
-    assert bias.full < 0
+    assert bias.signal < 0
     assert np.all(np.isinf(bias.relative))
-    assert bias.window_within(1e6) == NONE
+    assert bias.share.tolist() == [0, 0, 0]
+    assert bias.window_for(1e-6) == bias.window_within(1e6) == NONE
     nothing = Bias.of(stacked([[0.0], [0.0], [0.0]], [[0.0], [0.0], [0.0]]))
     assert nothing.signal == 0
-    assert nothing.window_within() == NONE
+    assert nothing.window_for() == NONE
 
 
 def test_leaves_of_several_dtypes_and_of_many_axes():
     leaves = {"a": jnp.ones((2, 2, 3, 4), jnp.float32), "b": jnp.ones((2, 2), jnp.float64)}
     bias = Bias.of(ByRange(leaves, (1, 2)))
-    assert bias.full.dtype == jnp.float64
-    assert (float(bias.full), bias.missed.tolist()) == (52, [13, 0])
+    assert bias.kept.dtype == jnp.float64
+    assert (bias.kept.tolist(), bias.missed.tolist()) == ([26, 52], [13, 0])
     many = jax.vmap(lambda _: bias)(jnp.arange(3))
-    assert many.window_within(0.5).tolist() == [1, 1, 1]
+    assert many.window_for(0.5).tolist() == many.window_within(0.5).tolist() == [1, 1, 1]
     assert repr(many) == "Bias(windows=(1, 2))"
 
 
@@ -100,10 +122,11 @@ def test_a_delay_in_closed_form():
     # ∂/∂w (w x_{t-5} - 2 x_{t-5})², all of it at lag 5, over what comes behind the first 7 steps.
     grads = [np.mean(2 * (0.5 - 2) * x[2:25] ** 2) for x in heard]
     assert bias.windows == (1, 2, 4, 7)
-    np.testing.assert_allclose(bias.full, grads[0] * grads[1], rtol=1e-12)
-    np.testing.assert_allclose(bias.missed, np.array([1.0, 1, 1, 0]) * bias.full, rtol=1e-12)
+    full = grads[0] * grads[1]
+    np.testing.assert_allclose(bias.kept, [0, 0, 0, full], rtol=1e-12)
+    np.testing.assert_allclose(bias.missed, [full, full, full, 0], rtol=1e-12)
     np.testing.assert_allclose(bias.measured, np.mean(np.square(grads)), rtol=1e-12)
-    assert bias.window_within() == 7
+    assert bias.window_for() == bias.window_within(0.9) == 7
 
 
 def test_a_loss_of_params_counts_with_lag_0():
@@ -117,7 +140,7 @@ def test_a_loss_of_params_counts_with_lag_0():
 
     params = {"n": jnp.int32(3), "w": jnp.array(0.5)}
     bias = estimate_bias(step, loss, params, c, xs, window=8)
-    np.testing.assert_allclose(bias.full, (3 - 1) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(bias.kept, [6, 6, 6, 4], rtol=1e-12)  # 3, and -1 at lag 5
     np.testing.assert_allclose(bias.missed, [1, 1, 1, 0], rtol=1e-12)
 
 
@@ -132,7 +155,7 @@ def test_noise_from_far_back_counts_by_norm_and_not_in_expectation():
     xs = np.random.default_rng(3).normal(size=(8, 2000))
     carry = {"noise": jnp.zeros(8), "near": jnp.zeros(8)}
     bias = jax.jit(lambda b: estimate_bias(step, lambda y, x: y, b, carry, xs, window=64))(b)
-    assert bias.window_within(0.5) == 1
+    assert bias.window_for() == 1
     rec = jaxbptt.record(step, window=64)
 
     def look(tape, x):
@@ -181,6 +204,9 @@ def test_what_is_wrong_is_said():
     for delta in (0, -1.0, float("nan"), None):
         with pytest.raises(ValueError, match=r"^delta must be"):
             go().window_within(delta)
+    for share in (0, 1.1, None):
+        with pytest.raises(ValueError, match=r"^share must be"):
+            go().window_for(share)
 
 
 # ------------------------------------------------------------ what it is for
