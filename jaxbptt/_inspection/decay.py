@@ -91,9 +91,9 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
     It is assumed that norms decay geometrically *in expectation* from `burn_in` on, past the
     tape as on it. Norms of one step scatter, so take the mean over many:
     `jax.tree.map(lambda v: v.mean(0), stacked)`. The bias is then E‖ĝ_K - ĝ‖ / E‖ĝ‖, with
-    means taken leaf by leaf: the bias of a gradient as it is used. For that of the expected
-    gradient, put the norms of E[ĝ_K] in as `partial`. A cause further back than the tape
-    leaves no trace on it.
+    means taken leaf by leaf: the bias of a gradient as it is used, noise included, most of which an
+    optimiser averages out. For that of the expected gradient, which calls for shorter
+    windows, take `estimate_bias`. A cause further back than the tape leaves no trace on it.
 
     Where the last lags are zero in params and in carry, nothing is recorded, and the line is
     assumed to go on. Where they are zero in one of the two alone, nothing from further back
