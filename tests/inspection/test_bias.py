@@ -41,7 +41,7 @@ def test_a_share_that_falls_again_is_not_enough():
     one = [[4.0], [-3.0], [3.0]]
     bias = Bias.of(stacked(one, one))
     assert bias.share.tolist() == [1, 0.25, 1]
-    assert bias.window_for(0.75) == 4
+    assert bias.window_for(0.8) == 4
     assert bias.window_for(0.2) == 1
 
 
