@@ -33,8 +33,8 @@ def test_without_noise_it_is_what_the_ranges_say():
     assert bias.relative.tolist() == [0.8, 0.6, 0]
     assert [int(bias.window_for(s)) for s in (0.3, 0.36, 0.37, 0.52, 0.53, 1)] == [1, 1, 2, 2, 4, 4]
     assert [int(bias.window_within(d)) for d in (0.8, 0.79, 0.6, 0.5, 1e-9)] == [1, 2, 2, 4, 4]
-    assert bias.window_for().dtype == bias.window_within(0.5).dtype == jnp.int32
-    assert repr(bias) == "Bias(share={1: 0.36, 2: 0.52, 4: 1})"
+    assert bias.window_for(0.5).dtype == bias.window_within().dtype == jnp.int32
+    assert repr(bias) == "Bias({1: 0.8, 2: 0.6, 4: 0})"
 
 
 def test_a_share_that_falls_again_is_not_enough():
@@ -89,7 +89,7 @@ def test_a_gradient_that_is_noise_gives_no_window():
     assert bias.window_for(1e-6) == bias.window_within(1e6) == NONE
     nothing = Bias.of(stacked([[0.0], [0.0], [0.0]], [[0.0], [0.0], [0.0]]))
     assert nothing.signal == 0
-    assert nothing.window_for() == NONE
+    assert nothing.window_within() == NONE
 
 
 def test_leaves_of_several_dtypes_and_of_many_axes():
@@ -126,7 +126,7 @@ def test_a_delay_in_closed_form():
     np.testing.assert_allclose(bias.kept, [0, 0, 0, full], rtol=1e-12)
     np.testing.assert_allclose(bias.missed, [full, full, full, 0], rtol=1e-12)
     np.testing.assert_allclose(bias.measured, np.mean(np.square(grads)), rtol=1e-12)
-    assert bias.window_for() == bias.window_within(0.9) == 7
+    assert bias.window_within() == bias.window_for(0.9) == 7
 
 
 def test_a_loss_of_params_counts_with_lag_0():
@@ -155,7 +155,7 @@ def test_noise_from_far_back_counts_by_norm_and_not_in_expectation():
     xs = np.random.default_rng(3).normal(size=(8, 2000))
     carry = {"noise": jnp.zeros(8), "near": jnp.zeros(8)}
     bias = jax.jit(lambda b: estimate_bias(step, lambda y, x: y, b, carry, xs, window=64))(b)
-    assert bias.window_for() == 1
+    assert bias.window_within() == 1
     rec = jaxbptt.record(step, window=64)
 
     def look(tape, x):
