@@ -167,7 +167,7 @@ def advice(task, seed, moments):
         xs = stream(task, 500 + 100 * seed + i, LONGEST + LOOKED_AT)
         bias, decay = expected(params, xs), by_norms(params, jax.tree.map(lambda v: v[:400], xs))
         print(f"{task}, moment {i}: signal {float(bias.signal):.2f}, {bias}", flush=True)
-        said = int(bias.window_within(0.35)) if bias.signal > 0.5 else None
+        said = int(bias.window_within(0.3)) if bias.signal > 0.5 else None
         norms = [decay.window_for(0.95), decay.window_within(0.1), decay.window_within(0.5)]
         rows.append([said, *map(int, norms)])
     return rows
