@@ -16,7 +16,9 @@ A loop over single time steps with the gradient inside it; here it reaches back 
 
 from jaxbptt._checkpoints import state_dict as _state_dict  # noqa: F401  tells flax of tapes
 from jaxbptt._checkpoints.checkpoints import Checkpoints, checkpoints
+from jaxbptt._inspection.bias import Bias, estimate_bias
 from jaxbptt._inspection.by_lag import ByLag, gradient_by_lag
+from jaxbptt._inspection.by_range import ByRange, gradient_by_range
 from jaxbptt._inspection.check import check_step
 from jaxbptt._inspection.check_report import Finding, Report
 from jaxbptt._inspection.decay import Decay, fit_decay
@@ -34,7 +36,9 @@ from jaxbptt._version import __version__
 from jaxbptt._windows import RandomReach, RandomWindow, random_reach, random_window
 
 __all__ = [
+    "Bias",
     "ByLag",
+    "ByRange",
     "Checkpoints",
     "Cotangents",
     "Decay",
@@ -51,10 +55,12 @@ __all__ = [
     "__version__",
     "check_step",
     "checkpoints",
+    "estimate_bias",
     "fit_decay",
     "from_linen",
     "from_nnx",
     "gradient_by_lag",
+    "gradient_by_range",
     "learner",
     "plot_by_lag",
     "random_reach",

@@ -14,7 +14,7 @@ from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._inspection.by_lag import ByLag
 from jaxbptt._types import PyTree, in_words, leaf_type
 
-_NO_WINDOW = 2**31 - 1  # the answer where no window is long enough
+NO_WINDOW = 2**31 - 1  # the answer where no window is long enough
 
 
 class Decay(NamedTuple):
@@ -54,7 +54,7 @@ class Decay(NamedTuple):
         Raises:
             ValueError: `share` is not one number, above 0 and at most 1.
         """
-        share = _checked_bound("share", share, 1.0, self.share)
+        share = checked_bound("share", share, 1.0, self.share)
         return _smallest_window(
             self.share >= share, (1 - share) / (1 - self.share[..., -1]), self.rate
         )
@@ -71,7 +71,7 @@ class Decay(NamedTuple):
         Raises:
             ValueError: `delta` is not one number, above 0.
         """
-        delta = _checked_bound("delta", delta, math.inf, self.bias)
+        delta = checked_bound("delta", delta, math.inf, self.bias)
         return _smallest_window(self.bias <= delta, delta / self.bias[..., -1], self.rate)
 
 
@@ -91,9 +91,9 @@ def fit_decay(lags: ByLag, *, burn_in: int | None = None, by: str = "params") ->
     It is assumed that norms decay geometrically *in expectation* from `burn_in` on, past the
     tape as on it. Norms of one step scatter, so take the mean over many:
     `jax.tree.map(lambda v: v.mean(0), stacked)`. The bias is then E‖ĝ_K - ĝ‖ / E‖ĝ‖, with
-    means taken leaf by leaf: the bias of a gradient as it is used. For that of the expected
-    gradient, put the norms of E[ĝ_K] in as `partial`. A cause further back than the tape
-    leaves no trace on it.
+    means taken leaf by leaf: the bias of a gradient as it is used, noise included, most of which an
+    optimiser averages out. For that of the expected gradient, which calls for shorter
+    windows, take `estimate_bias`. A cause further back than the tape leaves no trace on it.
 
     Where the last lags are zero in params and in carry, nothing is recorded, and the line is
     assumed to go on. Where they are zero in one of the two alone, nothing from further back
@@ -244,14 +244,14 @@ def _smallest_window(enough: jax.Array, ratio: jax.Array, rate: jax.Array) -> ja
     window = enough.shape[-1]
     # Past the tape what is missed falls by β with each step.
     longer = window + jnp.ceil(jnp.log(ratio) / jnp.log(rate))
-    known = (rate < 1) & (longer < _NO_WINDOW / 2)  # neither holds for NaN
+    known = (rate < 1) & (longer < NO_WINDOW / 2)  # neither holds for NaN
     longer = jnp.where(known, jnp.maximum(longer, window + 1), 0).astype(jnp.int32)
     # Of equal values argmax takes the first.
     first = jnp.argmax(enough, axis=-1).astype(jnp.int32) + 1
-    return jnp.where(enough.any(axis=-1), first, jnp.where(known, longer, _NO_WINDOW))
+    return jnp.where(enough.any(axis=-1), first, jnp.where(known, longer, NO_WINDOW))
 
 
-def _checked_bound(name: str, value: Any, most: float, like: jax.Array) -> jax.Array:
+def checked_bound(name: str, value: Any, most: float, like: jax.Array) -> jax.Array:
     """The number as an array of `like`'s dtype."""
     wanted = "above 0" if most == math.inf else f"above 0 and at most {most:g}"
     try:

@@ -7,6 +7,7 @@ from the newest step backwards. All lists hold differentiable leaves; "weights" 
 the arrays that the step closes over, then the parameters.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -159,6 +160,30 @@ def by_lag(
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
 
+def by_range(
+    closure: Closure, window: Window, arriving: Arriving, ends: tuple[int, ...]
+) -> list[list]:
+    """The terms of θ̄ summed over ranges of lags, for the price of one walk over them all.
+
+    Args:
+        closure: the traced step.
+        window: the recorded steps.
+        arriving: the cotangents.
+        ends: where each range ends, ascending; the next one begins there, the first at lag 0.
+
+    Returns:
+        For each range the sums of the parameters' leaves, half precisions in float32.
+    """
+    wanted, first = Wanted(closed_over=False, xs=False), len(closure.kinds.closed_over)
+    lam, sums = arriving.carry, [[ZERO] * len(closure.kinds.params) for _ in ends]
+    for segment in _segments(closure, window, arriving, ends):
+        ct = _sweep(closure, window, segment, lam, wanted)
+        # A range has several segments where a part's window ends within it.
+        place = bisect.bisect_left(ends, segment.stop)
+        lam, sums[place] = ct.carry, _each(plus, sums[place], ct.weights[first:])
+    return [list(map(widened, densify(of_range, closure.kinds.params))) for of_range in sums]
+
+
 def zero_sums(kinds: Iterable) -> list:
     """Zeros to add up arrays of these types in: half precisions in float32."""
     return [widened(zeros(kind)) for kind in kinds]
@@ -175,8 +200,10 @@ class _Segment:
     ct_ys: list  # each (stop - start, *y.shape), newest first; empty where there is no ȳ
 
 
-def _segments(closure: Closure, window: Window, arriving: Arriving) -> list[_Segment]:
-    """The window cut where a part's window is over, and where the last row of ȳ is."""
+def _segments(
+    closure: Closure, window: Window, arriving: Arriving, cuts: Sequence[int] = ()
+) -> list[_Segment]:
+    """The window cut where a part's window is over, where the last row of ȳ is, and at `cuts`."""
     # With a reach below the number of rows the older ones are not reached.
     n, rows = len(closure.kinds.carry), min(arriving.rows, window.steps)
     # The loop goes by lag, and cotangents come in the order of time.
@@ -188,6 +215,7 @@ def _segments(closure: Closure, window: Window, arriving: Arriving) -> list[_Seg
     # Where the last ȳ has been taken in, and where a part of the carry has come to its end, another
     # pullback begins, which does less.
     stops = sorted({window.steps, *window.parts} | (set() if together else {rows}))
+    stops = sorted({*stops, *(cut for cut in cuts if cut < window.steps)})
     segments = []
     for start, stop in zip([0, *stops], stops, strict=False):
         with_y = together or start < rows

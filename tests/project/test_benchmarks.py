@@ -1,6 +1,7 @@
 """The script for a GPU runs to its end on whatever there is, and finds everything exact."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,3 +25,12 @@ def test_the_script_for_a_gpu(tmp_path):
     tables = {row["table"].split(",")[0] for row in rows}
     assert tables >= {"a whole sequence of 100 steps", "an update", "against the window"}
     assert "| stored, every 1 |" in (tmp_path / "GPU.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_script_that_asks_for_windows(tmp_path):
+    pytest.importorskip("optax")
+    done = run_python(ROOT / "benchmarks" / "advice.py", "--quick", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (said,) = re.findall(r"^\| copy-2 \| - \| (\d+) \| ", done.stdout, re.MULTILINE)
+    assert 2 <= int(said) <= 6  # it needs 3
