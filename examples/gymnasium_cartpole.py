@@ -2,8 +2,8 @@
 
     python examples/gymnasium_cartpole.py [--steps 8000] [--compare]
 
-Both velocities are hidden, so that the network has to remember. What it does in order to act is
-recorded, and is what is differentiated: to learn, nothing is run a second time.
+Both velocities are hidden, so that the network has to remember. What it did in order to act is what
+is differentiated: nothing is run a second time to learn.
 """
 
 import functools
@@ -86,20 +86,18 @@ def learn_today(network, opt_state, h, xs, x, rows):
 
 def see(observation, first):
     """Place and angle, at a scale of 1, and which episodes have just begun."""
-    return (observation[:, [0, 2]] * np.array([1, 5])).astype(np.float32), first
+    return observation[:, [0, 2]] * np.float32([1, 5]), first
 
 
 def train(steps, record=True):
     """After how many steps each episode ended. Without `record`: today's way."""
-    mode = gymnasium.vector.AutoresetMode.SAME_STEP
-    how = {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": mode}}
-    envs = gymnasium.make_vec("CartPole-v1", num_envs=ENVS, **how)
+    how = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+    envs = gymnasium.make_vec("CartPole-v1", ENVS, "sync", vector_kwargs=how)
     x = see(envs.reset(seed=0)[0], np.ones(ENVS, bool))
     network, carry = Network(nnx.Rngs(0)), jnp.zeros((ENVS, HIDDEN))
-    opt_state, keys = OPTIMIZER.init(network), jax.random.split(jax.random.key(0), steps)
-    carry = rec.init(network, carry, x) if record else carry
+    carry, opt_state = rec.init(network, carry, x) if record else carry, OPTIMIZER.init(network)
     age, ages, rows, past = np.zeros(ENVS), [], [], []
-    for key in keys:
+    for key in jax.random.split(jax.random.key(0), steps):
         past = [*past, (None if record else carry, x)][-WINDOW:]
         carry, y, action = act(rec if record else agent, network, carry, x, key)
         observation, reward, terminated, truncated, _ = envs.step(np.asarray(action))
@@ -107,16 +105,15 @@ def train(steps, record=True):
         ages, age = ages + age[done].tolist(), np.where(done, 0, age)
         rows, x = [*rows, (y, action, reward.astype(np.float32), done)], see(observation, done)
         if len(rows) == ROLLOUT:
-            (carries, xs), rest = zip(*past, strict=True), (x, rows)
-            given = (learn, carry) if record else (learn_today, carries[0], xs)
-            network, opt_state = given[0](network, opt_state, *given[1:], *rest)
+            given = (learn, carry) if record else (learn_today, past[0][0], [x for _, x in past])
+            network, opt_state = given[0](network, opt_state, *given[1:], x, rows)
             rows = []
     return np.array(ages)
 
 
 WAYS = {
-    "the last 16 steps run again": functools.partial(train, record=False),
-    "jaxbptt, `window=16`": train,
+    "16 steps run again, every 8": functools.partial(train, record=False),
+    "jaxbptt, `window=16`, every 8": train,
 }
 
 if __name__ == "__main__":
