@@ -57,10 +57,10 @@ def start():
     return lambda params, carry, x: step(params, carry, x[0]), params, ((zeros, zeros), state)
 
 
-def train(xs, window=WINDOW, every=5):
+def train(xs, window=WINDOW, every=5, weights="current"):
     """The loss at each character."""
     step, params, carry = start()
-    learner = jaxbptt.learner(step, loss, OPTIMIZER, window=window, every=every, weights="current")
+    learner = jaxbptt.learner(step, loss, OPTIMIZER, window=window, every=every, weights=weights)
     state = learner.init(params, carry, jax.tree.map(lambda v: v[0], xs))
     return lax.scan(learner.update, state, xs)[1].loss
 
@@ -78,6 +78,7 @@ WAYS = {
     "jaxbptt, `every=5`": train,
     "20 characters run again, every 1": functools.partial(today, new=1, old=19),
     "jaxbptt, `every=1`": functools.partial(train, every=1),
+    'jaxbptt, `every=1, weights="stored"`': functools.partial(train, every=1, weights="stored"),
 }
 
 if __name__ == "__main__":
