@@ -16,6 +16,7 @@ import jaxbptt
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 API = sorted(DOCS.glob("api/*.md"))
+EXAMPLES = sorted(DOCS.glob("examples/*.md"))  # their code is that of files: test_examples.py
 EXTRAS = {"flax": "flax", "optax": "optax", "orbax": "orbax.checkpoint", "matplotlib": "matplotlib"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -122,7 +123,7 @@ def test_the_site_says_which_version_it_is_of():
 def test_every_page_is_in_the_contents_of_the_site():
     nav = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:\n")[1]
     assert sorted(re.findall(r"[\w/]+\.md", nav)) == sorted(
-        str(page.relative_to(DOCS)) for page in (*PAGES, *API)
+        str(page.relative_to(DOCS)) for page in (*PAGES, *API, *EXAMPLES)
     )
 
 
