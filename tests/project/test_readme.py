@@ -103,6 +103,7 @@ def test_the_readme_names_the_extras_and_the_defaults_that_there_are():
         "notebooks",
         "docs",
         "bench",
+        "examples",
         "test",
         "dev",
     }
