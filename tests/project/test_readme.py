@@ -11,6 +11,7 @@ from harness import ROOT, run_python
 import jaxbptt
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
 DEMO = "pip install -e '.[demo]' && python -m jaxbptt"
 TEST = "pip install -e '.[test]' && python -m pytest"
 
@@ -53,8 +54,13 @@ def file_of(link):
     ):
         if found := re.fullmatch(pattern, link):
             return ROOT / found[1]
+    workflow = r"https://github\.com/jaxbptt/jaxbptt/actions/workflows/(\w+\.yml)(/badge\.svg)?"
+    if found := re.fullmatch(workflow, link):
+        return ROOT / ".github" / "workflows" / found[1]
+    if link == "https://jaxbptt.github.io/jaxbptt/":
+        return DOCS / "index.md"
     if found := re.fullmatch(r"https://jaxbptt\.github\.io/jaxbptt/(.+)/", link):
-        page = ROOT / "docs" / found[1]
+        page = DOCS / found[1]
         return page / "index.md" if page.is_dir() else page.with_suffix(".md")
     return None
 
@@ -70,7 +76,12 @@ def test_the_files_that_the_readme_names_exist():
     assert len(named) > 15
     assert not [file for file in named if not file.exists()]
     ours = [link for link in re.findall(r"https://[^)}\s]*", TEXT) if "jaxbptt" in link]
-    assert [link for link in ours if not file_of(link)] == ["https://github.com/jaxbptt/jaxbptt"]
+    elsewhere = {link for link in ours if not file_of(link)}
+    assert elsewhere == {
+        "https://github.com/jaxbptt/jaxbptt",
+        "https://img.shields.io/pypi/v/jaxbptt",
+        "https://pypi.org/project/jaxbptt/",
+    }
 
 
 def test_the_addresses_of_the_project_are_the_same_everywhere():
