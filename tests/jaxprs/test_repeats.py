@@ -8,6 +8,7 @@ from jax import lax
 from jax.extend import core
 
 import jaxbptt
+from jaxbptt._compat import scan_counts
 from jaxbptt._jaxprs.evaluate import without_repeats
 
 X = np.array([0.3, -0.7, 1.9], np.float32)
@@ -97,6 +98,6 @@ def test_a_value_of_parameters_has_one_sum_however_often_it_is_written():
             return jnp.sum(jaxbptt.scan(lambda c, x: step(params, c, x), X[0], xs, window=None)[1])
 
         eqns = jax.make_jaxpr(jax.grad(loss))(X[0], X).jaxpr.eqns
-        return [eqn.params["num_carry"] for eqn in eqns if eqn.primitive.name == "scan"]
+        return [scan_counts(eqn)[1] for eqn in eqns if eqn.primitive.name == "scan"]
 
     assert sums(written_twice) == sums(written_once) != []
