@@ -314,14 +314,14 @@ def record(
     Args:
         step: `step(params, carry, x) -> (carry, y)`, one time step: a `lax.scan` body that takes
             the parameters as an extra first argument. Anything that `jax.vjp` takes.
-        window: how many steps a cotangent reaches back, the present one included. 1 is the
-            ordinary one-step gradient, a window as long as the past full BPTT. Or ints in the
-            containers of the carry, or of its outer part: a window for each part, such as
-            `{"fast": 5, "slow": 50}`; None where the carry has None.
-        every: after how many steps cotangents start, m. The outputs of m steps, counted
-            from the first step, then go back together, `window` steps from the last of
+        window: how many steps the gradient reaches back, including the current one (often called
+            k2). 1 is the ordinary one-step gradient, a window as long as the past full BPTT. Or
+            ints in the containers of the carry, or of its outer part: a window for each part,
+            such as `{"fast": 5, "slow": 50}`; None where the carry has None.
+        every: how many steps share one gradient, m (often called k1). The outputs of m steps,
+            counted from the first step, go back together, `window` steps from the last of
             them. `window == every` is truncation by chunks, 1 the sliding window.
-        weights: whose parameters the recorded steps are differentiated at. "stored": each
+        weights: which parameters are used when differentiating past steps. "stored": each
             step's own (exact; they sit on the ring). "current": recorded activations with
             the caller's parameters now, for every value that depends on neither carry nor
             x; none of these is on the ring. "replayed": the ring holds carries and inputs, and

@@ -93,11 +93,11 @@ def scan(
         reverse: whether to run from the last row of `xs` to the first.
         unroll: how many steps one trip of the compiled forward loop has, as in `lax.scan`.
         _split_transpose: taken as `lax.scan` takes it; a derivative of our own does not need it.
-        window: how many steps a cotangent reaches back, the present one included; None for
+        window: how many steps the gradient reaches back, including the current one; None for
             all: full backpropagation through time. Or ints in the containers of the carry,
             or of its outer part: a window for each part. Or a `random_window`, whose cuts are
             drawn, and compensated so that the gradient is unbiased.
-        every: after how many steps cotangents start. `window == every` is truncation by
+        every: how many outputs share one backward pass. `window == every` is truncation by
             chunks, 1 the sliding window.
         remat: of how many steps the residuals are held at once, as in `jax.remat`. The run
             keeps the carries at the starts of blocks of that many steps, and runs one block after
