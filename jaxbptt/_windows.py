@@ -113,6 +113,7 @@ class RandomWindow:
         _errors.one_key(self.key)
         if not isinstance(length, int):
             raise _errors.symbolic_length(length, "with a random window")
+        # One draw for each pair of neighbouring steps, between which λ may be cut.
         drawn = jax.random.uniform(self.key, (max(length - 1, 0),))
         shift, slope = (1 - 1 / self.alpha) * self.mean, 1 / self.alpha
 
@@ -255,6 +256,7 @@ class Reach:
             least = float(jnp.finfo(jnp.float32).tiny)
             u = jax.random.uniform(reach.key, dtype=jnp.float32, minval=least)
             further = jnp.log(u) / jnp.log(jnp.float32(keep))
+            # Cut before the cast: far in the tail the number may be larger than an int32.
             lags = 1 + jnp.minimum(further, window).astype(jnp.int32)
             return cls(jnp.clip(lags, 1, window), keep)
         # A Python int stays one, so that the program is that of a window of this length.

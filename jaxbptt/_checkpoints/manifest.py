@@ -87,6 +87,7 @@ class TapeRecorders:
             ValueError: a tape was made by another recorder, or the numbers of tapes and of
                 recorders differ.
         """
+        # One recorder may have made many tapes: those of several copies of a model, say.
         one_for_all = len(self.recorders) == 1
         if not one_for_all and len(self.recorders) != len(state.tapes):
             raise ValueError(
@@ -130,6 +131,7 @@ def check_form(manifest: Any, where: str) -> None:
     """
     if isinstance(manifest, Mapping) and manifest.get("format", _FORMAT) != _FORMAT:
         return
+    # A damaged file may still be JSON, of another shape than any manifest has.
     missing = _missing(manifest)
     if missing:
         raise ValueError(
@@ -176,6 +178,7 @@ def check_compatible(theirs: Manifest, ours: Manifest, where: str, clear: bool) 
     _check_leaves(theirs, ours, where, on_tape=False, remedy=remedy)
     if clear:
         return
+    # A tape that only one of the two has is found by its leaves, above and below.
     here = {tape["path"]: tape for tape in ours["tapes"]}
     for tape in theirs["tapes"]:
         if tape["path"] in here:
@@ -232,6 +235,7 @@ def _damaged(where: str, what: str) -> ValueError:
 
 
 def _seal(manifest: Manifest) -> str:
+    # With sorted keys, so that the order in which JSON gives them back does not count.
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
     return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
 
@@ -293,6 +297,7 @@ def _check_leaves(
     ]
     if not rows:
         return
+    # Paths that only one side has make a count of differing leaves meaningless.
     count = "the structure differs"
     if saved.keys() == asked.keys():
         count = f"{len(rows)} of {len(saved)} leaves differ{'s' if len(rows) == 1 else ''}"
@@ -319,5 +324,6 @@ def _differences(
     # With other options, or under another JAX, a step has another fingerprint in any case.
     if differ or saved["step"] == asked["step"]:
         return differ
+    # The same options and the same JAX: then it is the step, or a jaxbptt that traces it otherwise.
     versions = f"jaxbptt {theirs['jaxbptt']}", f"jaxbptt {ours['jaxbptt']}"
     return [versions if versions[0] != versions[1] else ("another step", "this step")]

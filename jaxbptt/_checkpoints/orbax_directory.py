@@ -80,6 +80,7 @@ class OrbaxDirectory:
         Raises:
             ValueError: they can't be read.
         """
+        # An item without arrays was not written either.
         if not wanted:
             return {}
         return self._read(step, item, load_orbax().args.StandardRestore(wanted))

@@ -159,11 +159,13 @@ class Closure:
             y: whether there is a ȳ, for all of its leaves or for each.
         """
         linear, kinds = self.layout.linearization, self.kinds
+        # One flag may stand for all leaves.
         n_carry = len(kinds.carry)
         of_carry = (carry,) * n_carry if isinstance(carry, bool) else tuple(carry)
         of_y = (y,) * (len(linear.outputs) - n_carry) if isinstance(y, bool) else tuple(y)
         program = linear.pull(self.constants, (*of_carry, *of_y))
         recorded = len(self.layout.recorded)
+        # The outputs come in the order of the inputs that they are the cotangents of.
         outvars = iter(program.jaxpr.outvars)
         return Pullback(
             program,
@@ -228,6 +230,7 @@ def trace(
         )
 
     if sources is None or len(sources.closed_over) != n:
+        # A new tape, or one of a step that closes over another number of arrays: chosen anew.
         return _widest(closure_of, inputs)
     return closure_of(sources)
 

@@ -136,6 +136,7 @@ class Contraction:
 
     def _scattered(self, sums: list, summands: list, live: Any) -> list:
         """The sums of the scatters with what one lag scatters, if it is live."""
+        # Each scatter has two summands, its indices and its updates, one after the other.
         rows = zip(self.scatters, sums, summands[::2], summands[1::2], strict=True)
         return [
             _scatter(eqn, total, indices, where_or_zero(live, updates))
@@ -314,12 +315,14 @@ def _is_pass(eqn: core.JaxprEqn, constant: set, maker: Maker) -> bool:
 def _widens(narrow: Any, wide: Any) -> bool:
     if not (jnp.issubdtype(narrow.dtype, jnp.inexact) and jnp.issubdtype(wide.dtype, jnp.inexact)):
         return False
+    # float16 and bfloat16 are as wide as each other, and neither holds all numbers of the other.
     a, b = jnp.finfo(narrow.dtype), jnp.finfo(wide.dtype)
     return bool(a.nmant <= b.nmant and a.maxexp <= b.maxexp)
 
 
 def _is_summed_wide(v: Atom, maker: Maker) -> bool:
     """Whether it comes from a product or a scatter, which are added up in float32."""
+    # Past what moves numbers about or changes their sign alone.
     while v in maker and maker[v].primitive.name in ("transpose", "reshape", "neg", "squeeze"):
         v = maker[v].invars[0]
     return v in maker and (
@@ -335,6 +338,7 @@ def _is_tiny(product: core.JaxprEqn, fewest: int) -> bool:
     """Whether it multiplies two vectors to so few numbers that a loop adds them up in passing."""
     left: Any = product.invars[0]
     out: Any = product.outvars[0].aval
+    # Nothing contracted within the step: an outer product, each of whose numbers is one product.
     contracted = math.prod(left.aval.shape[i] for i in product.params["dimension_numbers"][0][0])
     tiny = at_most(contracted, 1) and at_most(out.size + 1, fewest)
     return tiny and not is_half_precision(out.dtype)

@@ -72,6 +72,7 @@ def program_hash(closure: Closure) -> str:
         16 hexadecimal digits.
     """
     forward = closure.forward.jaxpr
+    # What a step keeps for its derivative may differ from trace to trace; what it computes may not.
     outs = forward.outvars[: len(closure.layout.outputs.leaves)]  # residuals come after them
     eqns = needed(forward.eqns, variables(outs))
     return _hexdigest(_program_parts(forward.replace(eqns=eqns, outvars=outs), loose=True))[:16]
@@ -81,6 +82,7 @@ def _hexdigest(parts: Iterable[Part]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else part.encode())
+        # So that "ab", "c" and "a", "bc" are told apart.
         digest.update(b"\n")
     return digest.hexdigest()
 
@@ -112,6 +114,7 @@ def _program_parts(jaxpr: core.Jaxpr, *, loose: bool = False) -> Iterator[Part]:
             bare = loose and hasattr(atom.aval, "shape")
             yield f"{atom.aval.dtype}{atom.aval.shape}" if bare else _type_text(atom.aval)
 
+    # In a fixed order: inputs, equations, outputs. Each variable's type goes with its number.
     yield from atom_parts([*jaxpr.constvars, *jaxpr.invars])
     for eqn in jaxpr.eqns:
         if loose and _only_retypes(eqn):
@@ -162,6 +165,7 @@ def _value_parts(value: Any, loose: bool = False) -> Iterator[Part]:
     elif isinstance(value, set | frozenset):
         # The order of a set is another in each process.
         yield from sorted(map(_repr_without_places, value))
+    # Where an array lies changes nothing that is computed.
     elif not isinstance(value, jax.sharding.Sharding):
         yield _repr_without_places(value)
 

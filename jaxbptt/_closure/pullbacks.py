@@ -63,6 +63,7 @@ class Pullback:
             fewest: products of two vectors that have fewer numbers are summed in the loop.
         """
         alive = len(self.program.jaxpr.invars) - self.residuals
+        # In the order of the program's inputs: recorded, invariant, λ and ȳ.
         invariant = [False] * self.recorded + [True] * self.invariant + [False] * alive
         return divide_pullback(
             self.program, invariant, summed, at_lag, effects=effects, fewest=fewest
@@ -123,6 +124,8 @@ class Linearization:
 
     def _trace(self, alive: Mask) -> Program:
         jaxpr, n = self.jaxpr, self.residuals
+        # Constants go in as arguments: they may be tracers of a trace that is over when this is
+        # used.
         consts = [struct_like(v.aval) for v in jaxpr.constvars]
         given = [struct_like(v.aval) for v in jaxpr.invars]
         residuals, tangents = given[:n], given[n:]

@@ -63,6 +63,7 @@ class Bias:
         _check_runs(runs)
         leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(runs.params)]
         n = len(leaves[0])
+        # Inner products of each two ranges: within each run, and of the sums over all runs.
         own = _added([_products(leaf).sum(0) for leaf in leaves])
         every = _added([_products(leaf.sum(0)) for leaf in leaves])
         # Of each two ranges the mean over the pairs of different runs: of all, without those of
@@ -213,6 +214,7 @@ def estimate_bias(
         Bias({1: 1, 2: 1, 4: 1, 8: 0}) 8
     """
     takes_params = _takes_params(loss)
+    # Parameters stand still here, so that all modes agree and this one is the cheapest.
     rec = record(step, window=window, weights="current")
     params, carry = as_strong_arrays(params, "params"), as_strong_arrays(carry, "carry")
     xs, longest = as_strong_arrays(xs, "xs"), rec.windows.longest
@@ -239,7 +241,9 @@ def estimate_bias(
             tape, y = rec(params, tape, x)
             return (tape, jax.tree.map(jnp.add, sums, terms_of(tape, y, x))), None
 
+        # Before the tape is full a long window would miss terms that it is to be judged by.
         tape, _ = lax_scan(fill, tape, jax.tree.map(lambda v: v[:longest], xs))
+        # What is added up has the shape of one step's terms, which are known only after a trace.
         like = jax.eval_shape(lambda tape: terms_of(tape, rec(params, tape, first)[1], first), tape)
         sums = jax.tree.map(lambda v: zeros(leaf_type(v)), like)
         rest = jax.tree.map(lambda v: v[longest:], xs)
@@ -247,6 +251,7 @@ def estimate_bias(
         measured = len(jax.tree.leaves(rest)[0])
         return jax.tree.map(lambda v: v / measured, sums)
 
+    # One run after the other: each holds a few copies of the parameters.
     return Bias.of(jax.lax.map(of_run, (carry, xs)))
 
 
@@ -263,6 +268,7 @@ def _takes_params(loss: Any) -> bool:
 def _with_own_params(terms: ByRange, ct_params: PyTree) -> ByRange:
     """The terms, with what the loss takes of the parameters itself at lag 0."""
     own = jax.tree.leaves(ct_params)
+    # The terms have no leaves for integers among the parameters, of which the cotangent is float0.
     moving = [leaf for leaf in own if leaf.dtype != jax.dtypes.float0]
     leaves = jax.tree.leaves(terms.params)
     added = [leaf.at[0].add(ct.astype(leaf.dtype)) for leaf, ct in zip(leaves, moving, strict=True)]

@@ -87,6 +87,7 @@ def gradient_by_range(
     closure, tape = closure_for(recorder, params, tape, x)
     window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
     windows = _doubling_up_to(closure.layout.window)
+    # Summed in one walk over the lags, which is cut at the end of each range.
     of_ranges = by_range(closure, window, arriving, windows)
     stacked = [jnp.stack(leaves) for leaves in zip(*of_ranges, strict=True)]
     mask = closure.layout.followed.params

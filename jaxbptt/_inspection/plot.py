@@ -78,6 +78,7 @@ def plot_by_lag(
     decay = fit_decay(lags, burn_in=burn_in)
     parts, own_figure = _parts(lags, names), ax is None
     ax = _column() if ax is None else ax
+    # Several gradients may be drawn into one picture: colours go on where the last one ended.
     used = sum(line.get_gid() == _PART for line in ax.lines)
     for i, (name, norms) in enumerate(parts, used):
         line = draw_norms(ax, norms, name, COLOURS[i % len(COLOURS)], burn_in=burn_in)
@@ -116,6 +117,7 @@ def draw_norms(
     fit = fit_line(jnp.asarray(norms), burn_in)
     rate = float(fit.rate)
     label = f"{name}  {_rounded(rate)} per step" if rate > 0 else name
+    # Zeros have no place on the axis, and leave a gap in the line.
     drawable = _on_log_axis(norms)
     shown = np.where(drawable, norms, np.nan)
     faint = to_rgba(colour, 1 if thin else 0.4)
@@ -166,6 +168,7 @@ def _contributions(lags: ByLag, params: str | None) -> list[tuple[str, Any]]:
     """Names and norms of what the parameters get, all together or each leaf."""
     leaves = [(f"params{keystr(path)}", v) for path, v in tree_leaves_with_path(lags.params)]
     if params == "all":
+        # Norms of parts are joined as the sides of a right angle.
         leaves = [("parameters", np.hypot.reduce([np.asarray(v) for _, v in leaves]))]
     return [(name, v) for name, v in leaves if params and _on_log_axis(v).any()]
 

@@ -90,6 +90,7 @@ def _still(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
 
 def _is_known(name: str, kinds: _Kinds, outs: int) -> bool:
     """Whether a primitive is linear, without a constant beside, in what moves."""
+    # Affine is not linear: a constant beside what moves would be added once for each term.
     moving = kinds.count(MOVES)
     if name in BILINEAR:
         return moving == 1
@@ -155,6 +156,7 @@ def _inner(eqn: core.JaxprEqn, kinds: _Kinds) -> tuple[core.Jaxpr, _Kinds]:
         (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None
     )
     inner = getattr(inner, "jaxpr", inner)
+    # Primitives of later versions may keep their program under another name.
     if inner is None or len(inner.invars) != len(kinds):
         raise _NotLinearError
     return inner, kinds

@@ -111,6 +111,7 @@ def divide(
     moved = made_before | made_after
     inside = [e for e in eqns if e.effects or not moved.intersection(e.outvars)]
     inside = needed(inside, variables(state_outs) + saved, effects=True)
+    # Of what is made before the loop, that which anything later reads is kept for all iterations.
     read = {*_read(inside), *last, *variables(state_outs)}
     hoisted = [v for e in before for v in e.outvars if v in read]
     return Fission(

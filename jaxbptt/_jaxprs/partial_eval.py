@@ -52,6 +52,7 @@ def _known_scan(eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     n, carries = scan_counts(eqn)
     m = n + carries
     consts, init, xs = values[:n], values[n:m], values[m:]
+    # There is no first iteration to look at.
     if length == 0:
         return [UNKNOWN] * len(eqn.outvars)
 

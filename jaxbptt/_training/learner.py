@@ -236,6 +236,7 @@ class Learner:
         rec, tape = self.recorder, state.tape
         every = rec.every if every is None else every
         pace = rec.pace and min(rec.pace, Windows.of(window).longest)
+        # A pace can't be longer than the window.
         new = record(rec.step, window=window, every=every, weights=rec.weights, pace=pace)
         changed = dataclasses.replace(self, recorder=new)
         x, params = x_struct(tape), as_strong_arrays(state.params, "params")

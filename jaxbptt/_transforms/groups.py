@@ -46,6 +46,7 @@ class Groups:
         # Where no group's window ends inside the run, groups can't be told apart: one chain does.
         if together and not parts and at_most(length + every - 1, window):
             return cls(length, steps, steps)
+        # A single group, whatever `every` is: its window may still cut some of the steps off.
         if at_most(steps, every):
             return cls(length, min(window, steps), steps, parts)
         return cls(length, window, every, parts)

@@ -568,6 +568,7 @@ def _call(
         y = type_of(closure.layout.outputs.tree()[1])
         if every > 1 and not (len(y.leaves) == 1 and is_scalar(y.leaves[0])):
             raise _errors.loss_not_scalar(y, every)
+        # Of closed-over arrays only those get a cotangent that somebody differentiates by.
         asked = tuple(v.perturbed for v in args[0])
         refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
         closed_over, params, x, rest = primal_values(args)
@@ -582,6 +583,7 @@ def _call(
         ct_tape, ct_y, _ = cts
         of_carry = pick(followed.carry, jax.tree.leaves(ct_tape.carry))
         of_y = pick(saved.closure.layout.followed_y, jax.tree.leaves(ct_y))
+        # Where nobody asked for the gradient of a leaf, its λ begins as zeros.
         lam = without_symbolic(of_carry, kinds.carry)
         ct = _pull_group(saved, static or saved.reach, lam, of_y)
         groups = followed.closed_over, followed.params, followed.x
@@ -622,6 +624,7 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
     # With a window below `every` the group's earlier outputs have no gradient.
     rows = min(every, closure.layout.window)
     asked = tuple(not is_symbolic_zero(v) for v in ct_y)
+    # Leaves of y that nobody asked for are left out of the pullback altogether.
     of_y = pick(asked, ct_y)
 
     def back() -> _GroupCotangents:

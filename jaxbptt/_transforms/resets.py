@@ -149,6 +149,7 @@ def _check_types(initial: TreeType, carry: TreeType, flags: LeafType) -> None:
         "Give is_first the batch axes, in front in all leaves of the carry, or () to reset all.",
         words=("in the carry", "in is_first"),
     )
+    # Leaves that can be broadcast count as the carry's own, so that the message shows the others.
     fitting = initial
     if initial.treedef == carry.treedef:
         pairs = zip(initial.leaves, carry.leaves, strict=True)

@@ -187,6 +187,7 @@ def _unforwarded(f: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], *, ys_too
 
     @functools.wraps(f)
     def step(carry: PyTree, x: PyTree) -> Any:
+        # Known by identity: a part that is returned as it came is the same tracer.
         came = {id(leaf) for leaf in jax.tree.leaves((carry, x))}
         outs = f(carry, x)
         if not isinstance(outs, tuple | list) or len(outs) != 2:
@@ -233,6 +234,7 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
     Every array is an argument of the `custom_vjp`: one only closed over gets no gradient.
     """
     body = eqn.params["jaxpr"].jaxpr
+    # With nothing to cut and nothing to run again, JAX's own rule gives the same gradient.
     plain = not cut.windows and not cut.drawn and not cut.remat
     if plain and (any(map(is_reference, eqn.invars)) or leaves_explicit_axes(body)):
         # A derivative of our own can't write to references, nor stack what lies on a mesh that

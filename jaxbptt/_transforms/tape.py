@@ -312,6 +312,8 @@ def check_counters(tape: Tape) -> None:
     slots = tape._settings.slots
     expected: dict[str, LeafType | None] = {}
     got: dict[str, LeafType | None] = {}
+    # All that is compared here is known while tracing: under vmap too, where each tape is one of
+    # many.
     for name in ("length", "_head", "_phase"):
         expected[name] = counter
         got[name] = _type_or_none(getattr(tape, name))

@@ -120,6 +120,7 @@ def window_sums(
         # is refused here, in a sentence, before JAX meets that loop.
         carry, ys = once_differentiable((arriving.carry, arriving.ys))
         arriving = arriving._replace(carry=carry, ys=ys)
+    # From the newest segment to the oldest; λ goes from one to the next.
     ct = WindowCotangents([], arriving.carry, [])
     for segment in _segments(closure, window, arriving):
         ct = ct.then(_sweep(closure, window, segment, ct.carry, wanted))
@@ -307,6 +308,7 @@ def _sweep(
     (lam, sums), kept = scan_stacking(
         trip, state, (lags, segment.ct_ys), kept_kinds, len(lags), first=0
     )
+    # The loop is over: what it stacked is contracted, for all its lags at once.
     xs, operands = kept[: len(x_kinds)], kept[len(x_kinds) :]
     weights = contraction.finish(window.invariant, contraction.contract(operands), sums)
     return WindowCotangents(weights, lam, xs)
@@ -526,6 +528,8 @@ def replayed(
         given = read(lag)
         recorded, x = given[:n], given[n:]
         begins = lag >= length - 1  # later carries are made again
+        # A select and no branch: lags before the oldest recorded step run too, and are masked
+        # later.
         carry = [jnp.where(begins, v, c) for v, c in zip(recorded, carry, strict=True)]
         made = closure.run(params, carry, x)
         return jax.tree.leaves(made.step[0]), made.recorded
