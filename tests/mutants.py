@@ -605,6 +605,8 @@ FAULTS = [Fault(*row) for row in [
      "yield from _value_parts(atom.val)", "yield 'number'"),
     ("a retyped value is another value", "_closure/fingerprint", "whose_tape devices",
      "if loose and _only_retypes(eqn):", "if False:"),
+    ("what a mesh retypes is not merged", "_jaxprs/evaluate", "whose_tape",
+     "not in MOVABLE | RETYPES:", "not in MOVABLE:"),
     ("a step writes into the caller's containers", "_closure/step", "whose_tape",
      "return jax.tree.map(lambda leaf: leaf, trees)", "return trees"),
     ("parameters may change in place", "_closure/step", "whose_tape flax",

@@ -18,6 +18,7 @@ from jax.extend import core
 
 from jaxbptt._closure.closure import Closure
 from jaxbptt._jaxprs.evaluate import needed, variables
+from jaxbptt._jaxprs.primitives import RETYPES
 from jaxbptt._types import leaf_type
 
 Part: TypeAlias = str | bytes  # of what is hashed
@@ -30,7 +31,6 @@ _PLACES = re.compile(r" at [^\s,)>]+")  # addresses in memory and lines of files
 # on another mesh or at another time may have other: operations that only change a value's type
 # beside its dtype, or its layout; parameters that describe these; and the precision of products,
 # which `jax.default_matmul_precision` sets at the moment of tracing.
-_RETYPES = frozenset("convert_element_type copy pcast pvary reshard sharding_constraint".split())
 _LAYOUT = frozenset({"weak_type", "sharding", "out_sharding"})
 _PRECISION = frozenset({"precision", "preferred_element_type"})
 
@@ -101,12 +101,15 @@ def _program_parts(jaxpr: core.Jaxpr, *, loose: bool = False) -> Iterator[Part]:
     # Variables have no names of their own: they are numbered in the order in which they come.
     numbers: dict[Any, int] = {}
     next_number = itertools.count()
+    same: dict[Any, Any] = {}  # what a variable is another type of
     ignored = _LABELS | _LAYOUT | _PRECISION if loose else _LABELS
 
     def atom_parts(atoms: Iterable) -> Iterator[Part]:
-        for atom in atoms:
+        for atom in (same.get(v, v) if _is_var(v) else v for v in atoms):
             if isinstance(atom, core.Literal):
-                yield from _value_parts(atom.val)
+                # The same number may be one of Python's in one trace and an array in another.
+                aval: Any = atom.aval
+                yield from _value_parts(np.asarray(atom.val, aval.dtype) if loose else atom.val)
             else:
                 if atom not in numbers:
                     numbers[atom] = next(next_number)
@@ -118,8 +121,9 @@ def _program_parts(jaxpr: core.Jaxpr, *, loose: bool = False) -> Iterator[Part]:
     yield from atom_parts([*jaxpr.constvars, *jaxpr.invars])
     for eqn in jaxpr.eqns:
         if loose and _only_retypes(eqn):
-            # The result goes under its operand's number, as if the equation were not there.
-            numbers[eqn.outvars[0]] = numbers[eqn.invars[0]]
+            # The result stands for its operand, as if the equation were not there.
+            operand: Any = eqn.invars[0]
+            same[eqn.outvars[0]] = same.get(operand, operand) if _is_var(operand) else operand
             continue
         yield eqn.primitive.name
         yield from atom_parts(eqn.invars)
@@ -132,9 +136,13 @@ def _program_parts(jaxpr: core.Jaxpr, *, loose: bool = False) -> Iterator[Part]:
     yield from atom_parts(jaxpr.outvars)
 
 
+def _is_var(atom: Any) -> bool:
+    return isinstance(atom, core.Var)
+
+
 def _only_retypes(eqn: core.JaxprEqn) -> bool:
     """Whether an equation returns its operand with the dtype that it has already."""
-    if eqn.primitive.name not in _RETYPES or isinstance(eqn.invars[0], core.Literal):
+    if eqn.primitive.name not in RETYPES:
         return False
     operand: Any = eqn.invars[0]
     result: Any = eqn.outvars[0]

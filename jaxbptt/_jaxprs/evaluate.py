@@ -12,7 +12,7 @@ from jax.extend import core
 
 from jaxbptt._arrays import struct_like
 from jaxbptt._compat import bind_params
-from jaxbptt._jaxprs.primitives import CALLS, MOVABLE
+from jaxbptt._jaxprs.primitives import CALLS, MOVABLE, RETYPES
 from jaxbptt._types import explicit
 
 
@@ -138,7 +138,9 @@ def without_repeats(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
 def _what_it_computes(eqn: core.JaxprEqn) -> Any:
     """A key that two equations share only if they compute the same; for most kinds, none do."""
-    if eqn.primitive.name not in MOVABLE:
+    # Those that only change a type among them: a mesh adds such an equation to each of two that
+    # repeat, and the same step must leave the same on the ring there.
+    if eqn.primitive.name not in MOVABLE | RETYPES:
         return id(eqn)
     # A literal by how it is written: 0.0 and -0.0 are equal to Python. The types of the results
     # tell apart what an enclosing mesh or axis makes of an equation.

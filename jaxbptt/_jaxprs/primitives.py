@@ -26,6 +26,8 @@ MOVABLE = frozenset(
     "sinh slice sort split sqrt square squeeze stop_gradient sub tan tanh top_k transpose "
     "xor".split()
 )
+# The same numbers, of another type beside their dtype or laid out otherwise on a mesh.
+RETYPES = frozenset("convert_element_type copy pcast pvary reshard sharding_constraint".split())
 # ------------------------------------------------------------ linear in what
 
 # Primitives linear in their first operand alone ...

@@ -264,3 +264,36 @@ def test_a_step_with_programs_inside_it_on_a_mesh_that_came_later(inner):
     tape, _ = rec(W, tape, H)
     with entered(mesh_of(data=2)):
         assert jax.jit(rec)(W, tape, H)[0].length == 2
+
+
+# Not "stored": there w lies on a ring that varies over the mesh, where w itself does not.
+@pytest.mark.parametrize("weights", ["current", "replayed"])
+def test_a_step_that_repeats_itself_takes_its_tape_into_a_map(weights):
+    """Inside, each of two equal products has a copy of w that varies over the mesh, and 0.1 too."""
+
+    def step(w, c, x):
+        c = jnp.tanh(w * x + c) + jnp.sin(w * x) + 0.1 * (w * x) + jnp.cos(w) * c + jnp.cos(w) * x
+        return c, jnp.sum(c)
+
+    rec = jaxbptt.record(step, window=2, weights=weights)
+    w, rows, lots = jnp.asarray(0.5), jnp.asarray(draw(0, 3, 4, 2)), jnp.zeros((4, 2))
+    tapes = jax.vmap(lambda c, x: rec.init(w, c, x))(lots, rows[0])
+
+    def one(w, tape, x):
+        grad = jax.grad(lambda w: rec(w, tape, x)[1])(w)
+        return rec(w, tape, x)[0], grad
+
+    def of_first(w, tape, x):  # the part of a device has one row
+        made = one(w, *jax.tree.map(lambda v: v[0], (tape, x)))
+        return jax.tree.map(lambda v: v[None], made)
+
+    specs = {"in_specs": (P(), P("d"), P("d")), "out_specs": P("d")}
+    mapped = jax.jit(jax.shard_map(of_first, mesh=mesh_of(d=4), **specs))
+    alone = jax.jit(jax.vmap(one, (None, 0, 0)))
+    want = tapes
+    for x in rows:
+        tapes, grads = mapped(w, tapes, x)
+        want, wanted = alone(w, want, x)
+    np.testing.assert_allclose(tapes.carry, want.carry, rtol=1e-12)
+    # w is the same on all devices: JAX sums its gradient over them.
+    np.testing.assert_allclose(grads, np.full(4, wanted.sum()), rtol=1e-12)
