@@ -304,6 +304,21 @@ def same_leaves_as_made(expected: dict[str, Any], got: dict[str, Any]) -> None:
         )
 
 
+def ring_varies(axes: Sequence[str]) -> ValueError:
+    """The error for a ring that came into a `shard_map` laid over axes that its values don't know.
+
+    What a step makes of replicated parameters alone is the same on all devices, and JAX's types
+    say so; of what came in by `in_specs` they don't.
+    """
+    over = ", ".join(map(repr, axes))
+    return ValueError(
+        f"tape must not vary over the mesh axes ({over}) where what the step leaves on it does "
+        "not, but it came into the shard_map so: with weights='stored' a value of replicated "
+        "parameters lies on its ring. Make the tape inside of the shard_map, or record with "
+        "weights='current', which keeps no such values."
+    )
+
+
 def other_residuals(expected: Sequence[LeafType], got: Sequence[LeafType]) -> ValueError:
     """The error for a ring that another step, or another version of JAX, has laid out."""
     wanted, came = (", ".join(map(str, types)) or "nothing" for types in (expected, got))

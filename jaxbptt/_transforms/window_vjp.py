@@ -26,7 +26,7 @@ from jaxbptt._jaxprs.evaluate import ZERO, Value
 from jaxbptt._jaxprs.loops import put, scan_stacking
 from jaxbptt._jaxprs.loops import rows as rows_at
 from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
-from jaxbptt._transforms.tape import Tape, reader, settings_of
+from jaxbptt._transforms.tape import Tape, layout, reader, settings_of
 from jaxbptt._types import PyTree, leaf_type
 from jaxbptt._windows import Reach, reach_of_rows
 
@@ -44,6 +44,7 @@ class Window:
         cut: the same where a group is shorter than `parts` allows for (traced); else nothing.
         as_far: whether the loop over the lags ends where the reach does, and not at `steps`.
         keep: λ is divided by this as it goes on to a further lag, ȳ by as much.
+        foreign_axes: mesh axes over which the ring varies, and what the step leaves on it does not.
     """
 
     read: Callable[[Any], list]
@@ -54,6 +55,7 @@ class Window:
     cut: tuple[Any, ...] = ()
     as_far: bool = False
     keep: float = 1.0
+    foreign_axes: tuple[str, ...] = ()
 
     def followed(self, lag: Any, alive: Mask) -> list:
         """Of each leaf of λ whether it is followed at a lag, one of a segment's."""
@@ -122,8 +124,13 @@ def window_sums(
         arriving = arriving._replace(carry=carry, ys=ys)
     # From the newest segment to the oldest; λ goes from one to the next.
     ct = WindowCotangents([], arriving.carry, [])
-    for segment in _segments(closure, window, arriving):
-        ct = ct.then(_sweep(closure, window, segment, ct.carry, wanted))
+    try:
+        for segment in _segments(closure, window, arriving):
+            ct = ct.then(_sweep(closure, window, segment, ct.carry, wanted))
+    except ValueError as refused:
+        if window.foreign_axes:
+            raise _errors.ring_varies(window.foreign_axes) from refused
+        raise
     return ct
 
 
@@ -462,9 +469,12 @@ def tape_window(
             beyond = jnp.maximum(reach.lags - settings.every, 0)
             limit = jnp.minimum(reach.lags, rows + beyond)
     steps, *parts = (reach_of_rows(w, rows, settings.every) for w in windows)
-    read = reader(tape)
+    read, foreign = reader(tape), frozenset[str]()
     if settings.weights == "replayed":
         read = replayed(closure, params, read, held, recorded, as_far=limit is not None)
+    else:
+        pairs = zip(layout(tape), closure.slot, strict=True)
+        foreign = frozenset().union(*(there.varying - left.varying for there, left in pairs))
     # Lags from `farthest` on are walked and masked: early in a run fewer steps are recorded than
     # the window has, at the end of a short group fewer are reached.
     farthest, cut = jnp.minimum(tape.length, steps), list[Any]()
@@ -477,7 +487,8 @@ def tape_window(
         farthest = jnp.minimum(farthest, shorter)
     keep = 1.0 if reach is None else reach.keep
     as_far = limit is not None
-    return Window(read, invariant, steps, farthest, tuple(parts), tuple(cut), as_far, keep)
+    bounds = steps, farthest, tuple(parts), tuple(cut)
+    return Window(read, invariant, *bounds, as_far, keep, tuple(sorted(foreign)))
 
 
 def given_window(
