@@ -602,7 +602,7 @@ FAULTS = [Fault(*row) for row in [
     ("any step may take any tape", "_transforms/record", "whose_tape",
      "made.step == program_hash(closure)", "True"),
     ("numbers in a step's source do not count", "_closure/fingerprint", "whose_tape",
-     "yield from _value_parts(atom.val)", "yield 'number'"),
+     "yield from _value_parts(np.asarray(atom.val, aval.dtype) if loose else atom.val)", "yield 'number'"),
     ("a retyped value is another value", "_closure/fingerprint", "whose_tape devices",
      "if loose and _only_retypes(eqn):", "if False:"),
     ("what a mesh retypes is not merged", "_jaxprs/evaluate", "whose_tape",
