@@ -91,6 +91,21 @@ def first(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
+def recorded(rec, thetas, carry, xs, t):
+    """The tape after t steps."""
+
+    @jax.jit
+    def go(thetas, carry, xs):
+        def one(tape, row):
+            return rec(row[0], tape, row[1])[0], None
+
+        tape = rec.init(first(thetas), carry, first(xs))
+        return lax.scan(one, tape, (thetas, xs), length=t)[0]
+
+    rows = oracles.stack(oracles.unstack(xs, t))
+    return go(oracles.stack(thetas[:t]), carry, rows)
+
+
 def worst(got: Any, wanted: Any) -> float:
     """The largest error, relative to each leaf's largest value (to 1 where that is zero)."""
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, widened
-from jaxbptt._closure.closure import combine
+from jaxbptt._closure.closure import Closure, combine
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._transforms.cotangents import with_float0
 from jaxbptt._transforms.record import Recorder, closure_for
 from jaxbptt._transforms.tape import Tape, x_struct
-from jaxbptt._transforms.window_vjp import by_lag, given_window, padded
+from jaxbptt._transforms.window_vjp import Arriving, Window, by_lag, given_window, padded
 from jaxbptt._types import PyTree
 
 
@@ -90,14 +90,9 @@ def gradient_by_lag(
         >>> jaxbptt.gradient_by_lag(rec, 0.5, tape, jnp.ones(1)).carry.tolist()
         [0.5, 0.25, 0.125]
     """
-    if not isinstance(recorder, Recorder):
-        raise _errors.not_a_recorder(recorder)
-    _errors.is_tape(tape, Tape)
-    if recorder.pace is not None:
-        raise _errors.has_pace("gradient_by_lag")
-    params, x = as_strong_arrays(params, "params"), x_struct(tape)
-    closure, tape = closure_for(recorder, params, tape, x)
-    window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
+    closure, params, window, arriving = given_to_split(
+        "gradient_by_lag", recorder, params, tape, ct_ys, ct_carry
+    )
     # What is asked for as norms becomes so inside the loop, where one lag's are held at a time.
     found = by_lag(closure, window, arriving, (lambda v: v) if full else _norm, _norm)
     length = closure.layout.window
@@ -120,6 +115,29 @@ def gradient_by_lag(
         with_float0(of_carry, lams, tape.carry, rows_of_all),
         partial,
     )
+
+
+class ToSplit(NamedTuple):
+    """What a gradient is made of that is to be split by lag."""
+
+    closure: Closure
+    params: PyTree  # strong arrays
+    window: Window
+    arriving: Arriving
+
+
+def given_to_split(
+    name: str, recorder: Recorder, params: PyTree, tape: Tape, ct_ys: PyTree, ct_carry: PyTree
+) -> ToSplit:
+    """Checks what a function that splits a gradient by lag was given; a message calls it `name`."""
+    if not isinstance(recorder, Recorder):
+        raise _errors.not_a_recorder(recorder)
+    _errors.is_tape(tape, Tape)
+    if recorder.pace is not None:
+        raise _errors.has_pace(name)
+    params, x = as_strong_arrays(params, "params"), x_struct(tape)
+    closure, tape = closure_for(recorder, params, tape, x)
+    return ToSplit(closure, params, *given_window(closure, tape, params, ct_ys, ct_carry))
 
 
 def _norms(mask: Mask, norms: list, primal: PyTree, window: int) -> PyTree:

@@ -5,12 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays
 from jaxbptt._closure.closure import combine
-from jaxbptt._transforms.record import Recorder, closure_for
-from jaxbptt._transforms.tape import Tape, x_struct
-from jaxbptt._transforms.window_vjp import by_range, given_window
+from jaxbptt._inspection.by_lag import given_to_split
+from jaxbptt._transforms.record import Recorder
+from jaxbptt._transforms.tape import Tape
+from jaxbptt._transforms.window_vjp import by_range
 from jaxbptt._types import PyTree
 
 
@@ -78,14 +77,9 @@ def gradient_by_range(
         >>> print(found.windows, found.params)  # c_4, then w c_3, then w² c_2 + w³ c_1
         (1, 2, 4) [1.875 0.875 0.5  ]
     """
-    if not isinstance(recorder, Recorder):
-        raise _errors.not_a_recorder(recorder)
-    _errors.is_tape(tape, Tape)
-    if recorder.pace is not None:
-        raise _errors.has_pace("gradient_by_range")
-    params, x = as_strong_arrays(params, "params"), x_struct(tape)
-    closure, tape = closure_for(recorder, params, tape, x)
-    window, arriving = given_window(closure, tape, params, ct_ys, ct_carry)
+    closure, params, window, arriving = given_to_split(
+        "gradient_by_range", recorder, params, tape, ct_ys, ct_carry
+    )
     windows = _doubling_up_to(closure.layout.window)
     # Summed in one walk over the lags, which is cut at the end of each range.
     of_ranges = by_range(closure, window, arriving, windows)

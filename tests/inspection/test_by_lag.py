@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from harness import first, grid, moving_only, one_row
+from harness import grid, moving_only, one_row, recorded
 from jax import lax
 from oracles import check, drifting, moving, random_like, reach
 from two_parts import CARRY, PARAMS, XS
@@ -18,21 +18,6 @@ from zoo import ZOO
 import jaxbptt
 
 LENGTH = 6
-
-
-def recorded(rec, thetas, carry, xs, t):
-    """The tape after t steps."""
-
-    @jax.jit
-    def go(thetas, carry, xs):
-        def one(tape, row):
-            return rec(row[0], tape, row[1])[0], None
-
-        tape = rec.init(first(thetas), carry, first(xs))
-        return lax.scan(one, tape, (thetas, xs), length=t)[0]
-
-    rows = oracles.stack(oracles.unstack(xs, t))
-    return go(oracles.stack(thetas[:t]), carry, rows)
 
 
 def only_of(norms, tree):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from harness import first, grid, one_row
+from harness import grid, one_row, recorded
 from jax import lax
 from oracles import check, drifting, moving, random_like, reach
 from two_parts import CARRY, PARAMS, XS
@@ -13,21 +13,6 @@ from two_parts import step as two_parts
 from zoo import ZOO
 
 import jaxbptt
-
-
-def recorded(rec, thetas, carry, xs, t):
-    """The tape after t steps."""
-
-    @jax.jit
-    def go(thetas, carry, xs):
-        def one(tape, row):
-            return rec(row[0], tape, row[1])[0], None
-
-        tape = rec.init(first(thetas), carry, first(xs))
-        return lax.scan(one, tape, (thetas, xs), length=t)[0]
-
-    rows = oracles.stack(oracles.unstack(xs, t))
-    return go(oracles.stack(thetas[:t]), carry, rows)
 
 
 def added_up(terms, windows):
