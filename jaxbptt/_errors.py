@@ -328,6 +328,33 @@ def other_residuals(expected: Sequence[LeafType], got: Sequence[LeafType]) -> Va
     )
 
 
+def constant_changed(index: int, array: Any) -> ValueError:
+    """The error for a constant that has other values than when the tape was made."""
+    return ValueError(
+        f"{_constant(index, array)}, so that the tape holds no copies of it, but is "
+        f"{'traced' if isinstance(array, jax.core.Tracer) else 'an array of other values'} now. "
+        "What changes from call to call belongs in params, or, if gradients should not flow to "
+        'it, in x or in the carry; or use weights="current", which takes its values now for all '
+        "steps on the tape."
+    )
+
+
+def constant_differentiated(index: int, array: Any) -> ValueError:
+    """The error for a gradient by what was a constant when the tape was made."""
+    return ValueError(
+        f"{_constant(index, array)}, to which no gradient flows, but is differentiated by now. "
+        "Make it part of params, or make the tape with init inside of the function that is "
+        "differentiated."
+    )
+
+
+def _constant(index: int, array: Any) -> str:
+    return (
+        f"step closes over {leaf_type(array)} (number {index} of what it closes over), which was "
+        "a constant when the tape was made"
+    )
+
+
 def other_step() -> ValueError:
     """The error for a ring that a step with other equations has filled."""
     return ValueError(

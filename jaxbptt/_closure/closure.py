@@ -21,7 +21,8 @@ from jax import numpy as jnp
 from jax.extend import core
 
 from jaxbptt import _errors
-from jaxbptt._arrays import struct_like
+from jaxbptt._arrays import at_most, size_in_bytes, struct_like
+from jaxbptt._closure.constants import SMALL, hashes_of_constants
 from jaxbptt._closure.pullbacks import Inputs, Linearization, Mask, Pullback
 from jaxbptt._closure.residuals import Residuals
 from jaxbptt._closure.step import trace_step
@@ -51,6 +52,7 @@ class Layout:
         parts: the window of each leaf of λ, or nothing where they have one.
         recorded: the outputs of `forward` that one step leaves on the ring.
         invariant: those that `derive` gives as well.
+        constants: hashes of the closed-over arrays that are constants, None for the others.
         remade_bytes: bytes of residuals that the pullbacks recompute.
         linearization: what pullbacks are made of.
         with_calls: `forward` before its calls were inlined, which knows the user's lines.
@@ -63,17 +65,23 @@ class Layout:
     parts: tuple[int, ...]
     recorded: tuple[int, ...]
     invariant: tuple[int, ...]
+    constants: tuple[str | None, ...]
     remade_bytes: int
     linearization: Linearization
     with_calls: core.Jaxpr
 
 
 class Sources(NamedTuple):
-    """What gradients flow to beside the parameters: leaves that are chosen when a tape is made."""
+    """What gradients flow to beside the parameters: leaves that are chosen when a tape is made.
+
+    Of the arrays that the step closes over some are no parameters but constants, to which none
+    flow: these have a hash of their values here, the others None.
+    """
 
     closed_over: Mask
     carry: Mask
     x: Mask
+    constants: tuple[str | None, ...]
 
 
 class Outcome(NamedTuple):
@@ -86,7 +94,7 @@ class Outcome(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["closed_over", "forward", "derive", "constants"],
+    data_fields=["closed_over", "forward", "derive", "linear_consts"],
     meta_fields=["layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +107,15 @@ class Closure:
     Attributes:
         closed_over: arrays that the step closes over, its implicit parameters.
         forward: the step with its residuals.
-        derive: the invariant residuals, from the parameters alone.
-        constants: arrays that the linearization closes over.
+        derive: the invariant residuals, from parameters and constants alone.
+        linear_consts: arrays that the linearization closes over.
         layout: all else.
     """
 
     closed_over: list
     forward: Program
     derive: Program
-    constants: list
+    linear_consts: list
     layout: Layout
 
     def run(self, params: list, carry: list, x: list) -> Outcome:
@@ -141,7 +149,8 @@ class Closure:
     def sources(self) -> Sources:
         """What gradients flow to beside the parameters."""
         followed = self.layout.followed
-        return Sources(followed.closed_over, followed.carry, followed.x)
+        constants = self.layout.constants
+        return Sources(followed.closed_over, followed.carry, followed.x, constants)
 
     @property
     def slot(self) -> tuple[LeafType, ...]:
@@ -163,7 +172,7 @@ class Closure:
         n_carry = len(kinds.carry)
         of_carry = (carry,) * n_carry if isinstance(carry, bool) else tuple(carry)
         of_y = (y,) * (len(linear.outputs) - n_carry) if isinstance(y, bool) else tuple(y)
-        program = linear.pull(self.constants, (*of_carry, *of_y))
+        program = linear.pull(self.linear_consts, (*of_carry, *of_y))
         recorded = len(self.layout.recorded)
         # The outputs come in the order of the inputs that they are the cotangents of.
         outvars = iter(program.jaxpr.outvars)
@@ -192,6 +201,7 @@ def trace(
     has_aux: bool,
     windows: Windows,
     sources: Sources | None = None,
+    with_constants: bool = True,
 ) -> Closure:
     """Traces one step from canonical arguments.
 
@@ -204,6 +214,8 @@ def trace(
         has_aux: whether y is a pair of what is differentiated and what is not.
         windows: how many steps λ of each part of the carry is followed.
         sources: what gradients flow to beside the parameters; None for all that they can flow to.
+        with_constants: whether large arrays that the step closes over may be constants; for
+            where `sources` is None.
 
     Raises:
         TypeError: the step doesn't return a pair, or not a carry of the type it was given.
@@ -226,13 +238,38 @@ def trace(
             differentiable(jax.tree.leaves(outputs.tree()[1])),
             windows=windows.by_leaf(type_of(carry)) or [windows.longest],
             stored=stored,
+            constants=sources.constants,
             references=has_references(jaxpr, deep=True),
         )
 
     if sources is None or len(sources.closed_over) != n:
         # A new tape, or one of a step that closes over another number of arrays: chosen anew.
-        return _widest(closure_of, inputs)
+        return _choose(closure_of, jaxpr, inputs, with_constants)
     return closure_of(sources)
+
+
+def _choose(
+    closure_of: Callable[[Sources], Closure],
+    jaxpr: core.Jaxpr,
+    inputs: Inputs,
+    with_constants: bool,
+) -> Closure:
+    """The closure that follows what somebody may want the gradient of, unless it costs too much."""
+    constants: tuple[str | None, ...] = (None,) * len(inputs.closed_over)
+    # What a step without parameters closes over are its parameters, however large.
+    if not any(differentiable(inputs.params)):
+        return _widest(closure_of, inputs, constants)
+    if with_constants:
+        constants = hashes_of_constants(inputs.closed_over)
+    closure = _widest(closure_of, inputs, constants)
+    # λ of what moves by itself is shown by `ct.carry` and serves nothing else. A simulator's may
+    # cost more than all the rest.
+    driven = closure.sources._replace(carry=(False,) * len(inputs.carry))
+    if _followed(jaxpr, inputs, driven) == closure.layout.followed:
+        return closure
+    smaller = closure_of(driven)
+    spared = size_in_bytes(closure.slot) - size_in_bytes(smaller.slot)
+    return smaller if at_most(SMALL + 1, spared) else closure
 
 
 def _followed(jaxpr: core.Jaxpr, inputs: Inputs, sources: Sources) -> Inputs:
@@ -249,21 +286,25 @@ def _followed(jaxpr: core.Jaxpr, inputs: Inputs, sources: Sources) -> Inputs:
     return Inputs(sources.closed_over, of_params, tuple(flags[carry]), sources.x)
 
 
-def _widest(closure_of: Callable[[Sources], Closure], inputs: Inputs) -> Closure:
-    """The closure that follows all leaves that it can.
+def _widest(
+    closure_of: Callable[[Sources], Closure], inputs: Inputs, constants: tuple[str | None, ...]
+) -> Closure:
+    """The closure that follows all leaves that it can, beside constants.
 
     Of a number that a loop runs on until it is done, or that a callback is given, JAX
     has no derivative. Beside the path from the parameters that does no harm.
     """
     groups = inputs.closed_over, inputs.carry, inputs.x
     every = [flag for group in groups for flag in differentiable(group)]
+    every[: len(constants)] = [
+        flag and v is None for flag, v in zip(every[: len(constants)], constants, strict=True)
+    ]
     candidates = [i for i, flag in enumerate(every) if flag]
 
     def attempt(chosen: set[int]) -> Closure:
         flags = iter([i in chosen for i in range(len(every))])
-        closure = closure_of(
-            Sources(*(tuple(itertools.islice(flags, len(group))) for group in groups))
-        )
+        closed_over, carry, x = (tuple(itertools.islice(flags, len(group))) for group in groups)
+        closure = closure_of(Sources(closed_over, carry, x, constants))
         closure.pullback()  # some derivatives are missed only when they are transposed
         return closure
 
@@ -300,6 +341,7 @@ def close(
     windows: Sequence[int],
     stored: bool,
     references: bool,
+    constants: tuple[str | None, ...] = (),
 ) -> Closure:
     """The closure of a step given by its leaves.
 
@@ -312,14 +354,17 @@ def close(
         windows: the window of each leaf of the carry.
         stored: whether values that depend on parameters alone go on the ring too.
         references: whether the step writes to references.
+        constants: hashes of the closed-over arrays that are constants; empty if there are none.
     """
     # The step is traced forwards with all that its derivative keeps; what of it goes on record is
     # decided after that, and the derivative is traced once more from what is on record.
     leaves, mask = ([leaf for group in groups for leaf in group] for groups in (inputs, followed))
     of_outs = followed.carry + followed_y
     found = _differentiated(run, leaves, mask, of_outs, references)
-    weights = len(inputs.closed_over) + len(inputs.params)
-    residuals = Residuals.of(found.forward, len(outputs.leaves), weights, stored)
+    constants = constants or (None,) * len(inputs.closed_over)
+    # Under "stored" each step's own parameters count; a constant is the same at all steps.
+    known = [not stored or v is not None for v in constants] + [not stored] * len(inputs.params)
+    residuals = Residuals.of(found.forward, len(outputs.leaves), known)
     jaxpr = found.forward.jaxpr
     recorded = [jaxpr.outvars[i].aval for i in residuals.recorded]
     if any(map(on_other_axes, recorded)) and leaves_explicit_axes(jaxpr):
@@ -333,7 +378,7 @@ def close(
         closed_over=list(inputs.closed_over),
         forward=Program.of(found.forward),
         derive=Program.of(residuals.derive),
-        constants=list(linear.consts),
+        linear_consts=list(linear.consts),
         layout=Layout(
             outputs=outputs,
             followed=followed,
@@ -342,6 +387,7 @@ def close(
             parts=tuple(of_lambda) if len(set(of_lambda)) > 1 else (),
             recorded=residuals.recorded,
             invariant=residuals.invariant,
+            constants=constants,
             remade_bytes=residuals.remade_bytes,
             linearization=Linearization(linear.jaxpr, references, len(residuals.structs), kinds),
             with_calls=found.with_calls,

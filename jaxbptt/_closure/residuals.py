@@ -28,7 +28,7 @@ class Residuals:
     Attributes:
         count: how many there are in all.
         recorded: outputs of the step's program that go on record.
-        invariant: outputs that depend on the parameters alone.
+        invariant: outputs that depend on known parameters alone.
         derive: the program from the parameters to the invariant ones.
         structs: types of the recorded and the invariant ones, to trace with.
         every: from the values of the recorded and the invariant ones to those of all residuals.
@@ -44,24 +44,22 @@ class Residuals:
     remade_bytes: int
 
     @classmethod
-    def of(
-        cls, forward: core.ClosedJaxpr, n_outs: int, n_weights: int, stored: bool
-    ) -> "Residuals":
+    def of(cls, forward: core.ClosedJaxpr, n_outs: int, known: Sequence[bool]) -> "Residuals":
         """Sorts the outputs of a program from `n_outs` on.
 
         Args:
             forward: the step with its residuals, without calls.
             n_outs: how many of its outputs are the step's own.
-            n_weights: how many of its inputs are parameters; they come first.
-            stored: whether what depends on parameters alone is recorded too.
+            known: of each parameter, whether it is known without the record of a step; they
+                come first of its inputs.
         """
         outs, residuals = forward.jaxpr.outvars, forward.jaxpr.outvars[n_outs:]
         place: dict[int, int] = {}  # the same value may be a residual more than once
         for i, v in enumerate(residuals, n_outs):
             place.setdefault(id(v), i)
-        derive, known = _trace_derive(forward, n_weights, list(place.values()), stored)
-        invariant = tuple(i for i, k in zip(place.values(), known, strict=True) if k)
-        others = [outs[i] for i, k in zip(place.values(), known, strict=True) if not k]
+        derive, derived = _trace_derive(forward, known, list(place.values()))
+        invariant = tuple(i for i, d in zip(place.values(), derived, strict=True) if d)
+        others = [outs[i] for i, d in zip(place.values(), derived, strict=True) if not d]
         kept, eqns = _without_cheap(forward.jaxpr, others)
         recorded = tuple(place[id(v)] for v in kept)
         given = [outs[i] for i in (*recorded, *invariant)]
@@ -79,23 +77,22 @@ class Residuals:
 
 
 def _trace_derive(
-    forward: core.ClosedJaxpr, n_weights: int, positions: list[int], stored: bool
+    forward: core.ClosedJaxpr, known: Sequence[bool], positions: list[int]
 ) -> tuple[core.ClosedJaxpr, list[bool]]:
-    """The program for the outputs at `positions` that are known without carry and x."""
+    """The program for the outputs at `positions` that known parameters give, and which they are."""
     inputs = forward.jaxpr.invars
-    known: list[bool] = []
+    derived: list[bool] = []
 
     def derive(*weights: Any) -> list:
-        # Under "stored" nothing is known beforehand: each step's own parameters count.
-        args = [UNKNOWN if stored else v for v in weights]
-        args += [UNKNOWN] * (len(inputs) - n_weights)
+        args = [v if k else UNKNOWN for v, k in zip(weights, known, strict=True)]
+        args += [UNKNOWN] * (len(inputs) - len(known))
         outs = interpret(forward.jaxpr, forward.consts, args, known_rule)
         values = [outs[i] for i in positions]
-        known[:] = [v is not UNKNOWN for v in values]
+        derived[:] = [v is not UNKNOWN for v in values]
         return drop(values, values)
 
-    closed = jax.make_jaxpr(derive)(*(struct_like(v.aval) for v in inputs[:n_weights]))
-    return prune(closed), known
+    closed = jax.make_jaxpr(derive)(*(struct_like(v.aval) for v in inputs[: len(known)]))
+    return prune(closed), derived
 
 
 def _without_cheap(jaxpr: core.Jaxpr, residuals: list) -> tuple[list, list[core.JaxprEqn]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, zeros
-from jaxbptt._closure.closure import Closure, Sources, combine, pick
+from jaxbptt._closure.closure import Closure, combine, pick
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
@@ -25,7 +25,7 @@ class Cotangents(NamedTuple):
     Attributes:
         params: θ̄, of the structure and shapes of the parameters, summed over the window.
         carry: λ of the carry that entered the oldest step reached; with a window for each
-            part, each leaf's λ where it was cut.
+            part, each leaf's λ where it was cut. float0 also for a large part that nothing drives.
         xs: x̄ of each step in the window, leaves (window, *x.shape), oldest first, zero
             where nothing was recorded.
     """
@@ -163,9 +163,13 @@ def is_symbolic_zero(ct: Any) -> bool:
 
 
 def refuse_what_is_not_followed(
-    sources: Sources, closed_over: Sequence[bool], x: Sequence[bool]
+    closure: Closure, closed_over: Sequence[bool], x: Sequence[bool]
 ) -> None:
-    """Refuses to differentiate by what the step has no derivative by."""
+    """Refuses to differentiate by constants, and by what the step has no derivative by."""
+    sources = closure.sources
+    for i, (constant, asked) in enumerate(zip(sources.constants, closed_over, strict=True)):
+        if asked and constant is not None:
+            raise _errors.constant_differentiated(i, closure.closed_over[i])
     for name, followed, perturbed in (
         ("an array that the step closes over", sources.closed_over, closed_over),
         ("a leaf of x", sources.x, x),

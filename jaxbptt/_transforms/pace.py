@@ -82,7 +82,7 @@ def call_with_pace(
 
     def forward(*args: Any) -> tuple[Any, Any]:
         perturbed = tuple(v.perturbed for v in args[0])
-        refuse_what_is_not_followed(closure.sources, perturbed, [v.perturbed for v in args[2]])
+        refuse_what_is_not_followed(closure, perturbed, [v.perturbed for v in args[2]])
         closed_over, params, x, rest = primal_values(args)
         outs, moved, invariant = run(closed_over, params, x, rest)
         return outs, (rest[1], invariant, moved.unfinished, moved.x)

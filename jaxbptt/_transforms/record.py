@@ -12,6 +12,7 @@ from jax import lax
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
+from jaxbptt._closure.constants import changed_constants
 from jaxbptt._closure.fingerprint import program_hash
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, with_rule
@@ -153,8 +154,9 @@ class Recorder:
         Raises:
             TypeError: the step doesn't return `(carry, y)` with the carry's type, or, when
                 differentiated with `every > 1`, y is not a scalar.
-            ValueError: the tape is not one of this recorder's, or `params` or `x` have other
-                shapes than it was made for.
+            ValueError: the tape is not one of this recorder's, `params` or `x` have other shapes
+                than it was made for, or a constant that the step closes over has other values,
+                or is differentiated.
 
         Cost:
             One step and one slot written; in reverse mode `window` pullbacks of the step, or as
@@ -307,7 +309,8 @@ def record(
                 carry, y = step(params, carry, x)
             return y
 
-    without running the window again. Arrays that the step closes over are implicit parameters.
+    without running the window again. Arrays that the step closes over are implicit parameters;
+    those of more than 64 KiB whose values are known at `init` are constants, beside parameters.
     With a window for each part of the carry a leaf's λ is cut at its own lag and the rest flows
     on, so that parameters still get what reaches them through other leaves.
 
@@ -413,6 +416,9 @@ def trace_recorder(
         has_aux=recorder.has_aux,
         windows=recorder.windows,
         sources=sources,
+        # To run the window again costs the ring nothing but carries and inputs, whatever is
+        # differentiated.
+        with_constants=recorder.weights != "replayed",
     )
 
 
@@ -440,6 +446,13 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
         _errors.same_type(lead, name, kind, type_of(given[name]), remedy)
     check_counters(tape)
     closure = trace_recorder(recorder, params, tape.carry, x, made.sources)
+    changed = changed_constants(closure.layout.constants, closure.closed_over)
+    if changed and is_blank(tape):
+        closure = trace_recorder(recorder, params, tape.carry, x)
+        return closure, _blank_tape(recorder, closure, params, tape.carry, x)
+    # What is made of constants is not on the ring; of the parameters that "current" takes neither.
+    if changed and recorder.weights == "stored":
+        raise _errors.constant_changed(changed[0], closure.closed_over[changed[0]])
     slot, came = slot_types(recorder, closure, tape.carry, x), layout(tape)
     of_this_step = made.step == program_hash(closure)
     # Two steps may leave slots of the same types, so that the program itself is compared too.
@@ -570,7 +583,7 @@ def _call(
             raise _errors.loss_not_scalar(y, every)
         # Of closed-over arrays only those get a cotangent that somebody differentiates by.
         asked = tuple(v.perturbed for v in args[0])
-        refuse_what_is_not_followed(closure.sources, asked, [v.perturbed for v in args[2]])
+        refuse_what_is_not_followed(closure, asked, [v.perturbed for v in args[2]])
         closed_over, params, x, rest = primal_values(args)
         outs, invariant = run(closed_over, params, x, rest)
         # Only to run the window again are the parameters needed after this.

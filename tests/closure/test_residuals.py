@@ -39,7 +39,7 @@ def sort(program, weights, inputs, n_outs=0, stored=True):
     """Sorts the outputs of `program(*weights, *inputs)` from `n_outs` on."""
     like = [jax.ShapeDtypeStruct(np.shape(v), np.asarray(v).dtype) for v in (*weights, *inputs)]
     closed = without_calls(jax.make_jaxpr(lambda *args: list(program(*args)))(*like), like)
-    return Sorted(Residuals.of(closed, n_outs, len(weights), stored), closed, n_outs)
+    return Sorted(Residuals.of(closed, n_outs, [not stored] * len(weights)), closed, n_outs)
 
 
 def gives_back_all(made, weights, inputs, jit=True):
@@ -231,7 +231,7 @@ def test_a_key_is_a_residual_like_any_other():
     assert made.recorded == [0]
     like = jax.eval_shape(lambda: jax.random.key(0))
     closed = jax.make_jaxpr(lambda key, x: [key, jnp.tanh(x)])(like, jnp.asarray(X))
-    found = Residuals.of(closed, 0, 0, True)
+    found = Residuals.of(closed, 0, [])
     assert found.recorded == (0, 1)
     assert found.structs[0].dtype == like.dtype
 

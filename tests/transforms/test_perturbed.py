@@ -219,29 +219,6 @@ def test_a_number_that_moves_by_itself_still_has_its_cotangent():
     np.testing.assert_allclose(ct.carry, [W**2 * 0.25, W**2 * 0.25], rtol=1e-12)
 
 
-def test_how_often_frozen_weights_lie_on_the_tape():
-    frozen, w, window = draw(3, 50, 20), draw(4, 20, 3), 10
-
-    def tape_bytes(weights, of_weights=lambda v: v, of_features=lambda v: v):
-        def step(w, c, x):
-            features = of_features(jnp.tanh(x @ of_weights(frozen)))
-            return (jnp.tanh(c + features @ w),) * 2
-
-        rec = jaxbptt.record(step, window=window, weights=weights)
-        return rec.init(w, jnp.zeros(3), jnp.zeros(50)).nbytes
-
-    stop = lax.stop_gradient
-    stored = tape_bytes("stored")
-    assert stored > window * frozen.nbytes
-    # The weights, and with them x, which only their gradient needs.
-    stopped = tape_bytes("stored", of_features=stop)
-    assert stored - stopped >= window * (frozen.nbytes + 50 * 8)
-    assert tape_bytes("stored", of_weights=stop) >= window * frozen.nbytes
-    current = tape_bytes("current")
-    assert current < frozen.nbytes
-    assert tape_bytes("current", of_features=stop) < current - window * 49 * 8
-
-
 def test_a_step_may_close_over_other_frozen_weights_at_its_next_call():
     held = [draw(3, 4, 4)]
     rec = jaxbptt.record(lambda w, c, x: (jnp.tanh(held[0] @ (w * c) + x),) * 2, window=2)
