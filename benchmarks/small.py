@@ -9,10 +9,10 @@
   leaves and a window of 1, against the same step with its carry alone: what handing over the tape
   costs. And a block of ten recorded steps under `lax.scan`, by the step.
 * tracing: processor time to trace and to compile the gradient of a step of many equations, best
-  of three interleaved tries, from 1,000 equations on of one; `record` is the gradient of one
-  recorded call.
+  of three interleaved tries, from 1,000 equations on of one, and the time to run it; `record` is
+  the gradient of one recorded call.
 
-Ratios of speed above one are in favour of `jaxbptt.scan`, ratios of tracing below one.
+Ratios of speed above one are in favour of `jaxbptt.scan`.
 """
 
 import argparse
@@ -326,7 +326,7 @@ def calls(repeats, block=10):
 
 # ------------------------------------------------------------ tracing and compiling
 
-EQUATIONS = 100, 1000, 5000
+EQUATIONS = (100, 1000, 2000, 5000)
 WIDTH = 32
 
 
@@ -361,42 +361,41 @@ def ways(step):
     return dict(zip(("scan", "lax", "record"), map(jax.grad, losses), strict=True))
 
 
-def processor_times(grad, params, *, compiles):
-    """Seconds of processor time to trace a gradient and to compile it."""
+def times(grad, params, *, compiles):
+    """Seconds to trace a gradient and to compile it, of the processor, and to run it."""
     jax.clear_caches()
     start = time.process_time()
     traced = jax.jit(lambda params: grad(params)).trace(params)
     middle = time.process_time()
     if not compiles:
-        return middle - start, math.nan
-    lowered = traced.lower()
-    lowered.compile()
-    return middle - start, time.process_time() - middle
+        return middle - start, math.nan, math.nan
+    compiled = traced.lower().compile()
+    return middle - start, time.process_time() - middle, seconds([compiled], params, 21)[0]
 
 
 def tracing(longest, compiled):
     print("\n### Processor time to trace and to compile, by the number of a step's equations\n")
     print(
-        "| equations | products | traced: lax.scan s | scan | record "
-        "| compiled: lax.scan s | scan | record |"
+        "| equations | products | traced, s: lax.scan | scan | record "
+        "| compiled, s: lax.scan | scan | record | run, ms: lax.scan | scan |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for products in (False, True):
         for equations in (n for n in EQUATIONS if n <= longest):
             params, step = long_step(equations, products)
             best = {}
             for attempt in range(3 if equations < 1000 else 1):
                 for name, grad in ways(step).items():
-                    compiles = not attempt and equations <= compiled
-                    took = processor_times(grad, params, compiles=compiles)
+                    compiles = name != "lax" or (not attempt and equations <= compiled)
+                    took = times(grad, params, compiles=compiles)
                     pairs = zip(best.get(name, took), took, strict=True)
                     best[name] = [
                         before if math.isnan(t) else min(before, t) for before, t in pairs
                     ]
             row = [f"{equations:,}", equations // 10 * products]
             for i in range(2):
-                ratios = (best[name][i] / best["lax"][i] for name in ("scan", "record"))
-                row += [f"{best['lax'][i]:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
+                row += [f"{best[name][i]:.2f}" for name in ("lax", "scan", "record")]
+            row += [f"{1e3 * best[name][2]:.2f}" for name in ("lax", "scan")]
             print("| " + " | ".join(map(str, row)).replace("nan", "-") + " |", flush=True)
 
 
@@ -406,7 +405,9 @@ def main():
     sections = ["steps", "calls", "tracing"]
     parser.add_argument("--only", nargs="+", choices=sections, default=sections)
     parser.add_argument("--longest", type=int, default=EQUATIONS[-1])
-    parser.add_argument("--compiled", type=int, default=1000, help="a step compiled at most")
+    parser.add_argument(
+        "--compiled", type=int, default=2000, help="the longest step that lax.scan's is compiled of"
+    )
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.repeats} repeats")
     if "steps" in args.only:

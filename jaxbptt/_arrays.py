@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._compat import Inconclusive, as_varying
-from jaxbptt._types import PyTree, TreeType, is_part_of_sum, leaf_type
+from jaxbptt._types import PyTree, TreeType, is_part_of_sum, is_reference, leaf_type
 
 
 def as_strong_arrays(
@@ -38,6 +38,9 @@ def as_strong_arrays(
         if getattr(leaf, "dtype", None) == jax.dtypes.float0:  # the cotangent of an integer
             return leaf
         check_range(leaf, name, path, returned=blame == "step")
+        if is_reference(leaf):
+            where = name + jax.tree_util.keystr(path)
+            raise _errors.not_an_array(where, leaf, returned=blame == "step")
         try:
             leaf = jnp.asarray(leaf)
         except (TypeError, ValueError) as cause:

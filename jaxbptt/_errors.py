@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from jaxbptt._types import LeafType, TreeType, leaf_type
+from jaxbptt._types import LeafType, TreeType, is_reference, leaf_type
 
 MOST_STEPS = 2**31 - 1
 _SHOWN = 8  # differing leaves listed before "and n more"
@@ -78,9 +78,10 @@ def inside_auto_axes() -> ValueError:
     """The error for residuals that a step leaves inside of `auto_axes`."""
     return ValueError(
         "step must keep to the Explicit axes of its mesh, but what its pullback needs of the "
-        "forward pass is made inside of jax.sharding.auto_axes, where an array has no sharding to "
-        "be recorded with. Put auto_axes around the whole loop, or write the step with Explicit "
-        "shardings; scan with window=None takes it as it is."
+        "forward pass is made inside of jax.sharding.auto_axes (JAX's x.at[i].get with an "
+        "out_sharding is too), where an array has no sharding to be recorded with. Put auto_axes "
+        "around the whole loop, or write the step with Explicit shardings (a table is looked up by "
+        "a product with jax.nn.one_hot too); scan with window=None takes it as it is."
     )
 
 
@@ -105,13 +106,13 @@ def is_key(name: str, value: Any) -> None:
         ) from cause
 
 
-def one_key(value: Any) -> None:
-    """Refuses several keys where a random window is drawn."""
+def one_key(name: str, value: Any) -> None:
+    """Refuses several keys where a random window, or a reach, is drawn."""
     typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
     # An old-form key is itself an array of numbers.
     if len(value.shape) != (0 if typed else 1):
         raise ValueError(
-            "window must be drawn from one key for a run, but its key is "
+            f"{name} must be drawn from one key for a run, but its key is "
             f"{describe(value)}. Take one of them, or vmap over the runs."
         )
 
@@ -145,9 +146,15 @@ def not_a_prefix(window: Any, carry: TreeType) -> ValueError:
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Refuses an option that is not among `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         choices = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
         raise ValueError(f"{name} must be {choices}, but got {value!r}.")
+
+
+def is_bool(name: str, value: Any) -> None:
+    """Refuses what is neither true nor false, or both."""
+    if not isinstance(value, bool | int | np.bool_):
+        raise ValueError(f"{name} must be True or False, but got {describe(value)}.")
 
 
 # ------------------------------------------------------------ what a step is and returns
@@ -207,15 +214,16 @@ def same_type(
 
 def not_an_array(path: str, leaf: Any, *, returned: bool) -> Exception:
     """The error for a leaf that JAX can't make an array of."""
+    inside = "or make the reference inside the step with jax.new_ref."
     if returned:
+        remedy = "Leave out of it what is not an array."
+        remedy = "Return its value, ref[...]." if is_reference(leaf) else remedy
         return TypeError(
-            f"step must return arrays or numbers, but {path} is {describe(leaf)}. "
-            "Leave out of it what is not an array."
+            f"step must return arrays or numbers, but {path} is {describe(leaf)}. {remedy}"
         )
-    return ValueError(
-        f"{path} must be an array or a number, but got {describe(leaf)}. "
-        "Let the step close over what is not an array."
-    )
+    remedy = "Let the step close over what is not an array."
+    remedy = f"Pass its value, ref[...], {inside}" if is_reference(leaf) else remedy
+    return ValueError(f"{path} must be an array or a number, but got {describe(leaf)}. {remedy}")
 
 
 def too_large(path: str, leaf: int, kind: Any, *, returned: bool) -> Exception:
@@ -230,13 +238,20 @@ def too_large(path: str, leaf: int, kind: Any, *, returned: bool) -> Exception:
 
 
 def cast(expected: TreeType, got: TreeType) -> str:
-    """The end of a remedy: how to cast the first leaf of another dtype; empty if there is none."""
+    """The end of a remedy: how to cast the first leaf of another dtype; empty if there is none.
+
+    A number that began as an integer and comes out as one with a gradient may have begun wrong.
+    """
     wanted, came = _by_path(expected), _by_path(got)
     for path in (path for path in wanted if path in came):
         kinds = [wanted[path].dtype, came[path].dtype]
         if kinds[0] != kinds[1] and not any(jnp.issubdtype(k, jax.dtypes.extended) for k in kinds):
             part = ".real" if _is_complex(kinds[1]) and not _is_complex(kinds[0]) else ""
-            return f", e.g. with h{part}.astype(jnp.{kinds[0]})"
+            remedy = f", e.g. with h{part}.astype(jnp.{kinds[0]})"
+            number = wanted[path].shape == () and jnp.issubdtype(kinds[0], jnp.integer)
+            if number and jnp.issubdtype(kinds[1], jnp.inexact):
+                remedy += f", or begin with a carry of dtype {kinds[1]}, such as 0.0 in place of 0"
+            return remedy
     return ""
 
 
@@ -325,6 +340,15 @@ def other_residuals(expected: Sequence[LeafType], got: Sequence[LeafType]) -> Va
     return ValueError(
         f"tape must be of this recorder's step, which leaves in each slot ({wanted}), but was "
         f"recorded by another step: it holds ({came}). {_KEEP_CARRY} {_NUMBERS}"
+    )
+
+
+def remat_of_symbolic(length: Any) -> ValueError:
+    """The error for checkpoints of a run of which only a symbol says how long it is."""
+    return ValueError(
+        f"length must be known when the loop is traced with remat, but is the symbol {length}: how "
+        "many checkpoints there are depends on it. Leave remat out, or export for a number of "
+        "steps."
     )
 
 
@@ -494,6 +518,8 @@ def bullets(rows: list[str]) -> str:
 
 def describe(value: Any) -> str:
     """What a value is, for a message: `got` so and so."""
+    if is_reference(value):
+        return f"a mutable reference {leaf_type(value)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         noun = "a ShapeDtypeStruct" if isinstance(value, jax.ShapeDtypeStruct) else "an array"
         return f"{noun} {leaf_type(value)}"

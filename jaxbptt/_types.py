@@ -109,6 +109,11 @@ def leaf_type(leaf: Any) -> LeafType:
     )
 
 
+def is_reference(value: Any) -> bool:
+    """Whether a variable, or a value, is a mutable reference (`jax.new_ref`) and not an array."""
+    return hasattr(getattr(value, "aval", None), "inner_aval")
+
+
 def is_part_of_sum(value: Any) -> bool:
     """Whether devices hold terms of a sum, or copies that get one: JAX can't batch over such."""
     sharding = getattr(getattr(value, "aval", value), "sharding", None)

@@ -110,7 +110,7 @@ class RandomWindow:
             Floats (length,), 0 where λ is cut between a step and the next one, else 1 / (1 - c);
             1 for the last step, whose λ is the cotangent of the final carry.
         """
-        _errors.one_key(self.key)
+        _errors.one_key("window", self.key)
         if not isinstance(length, int):
             raise _errors.symbolic_length(length, "with a random window")
         # One draw for each pair of neighbouring steps, between which λ may be cut.
@@ -205,7 +205,7 @@ def random_reach(key: jax.Array, mean: float) -> RandomReach:
         A `RandomReach`, to be given as `reach`.
 
     Raises:
-        ValueError: `mean` is not a number above 1.
+        ValueError: `key` is not a key, or `mean` is not a number above 1.
 
     References:
         Beatson & Adams, "Efficient Optimization of Loops and Limits with Randomized Telescoping
@@ -225,6 +225,7 @@ def random_reach(key: jax.Array, mean: float) -> RandomReach:
         >>> abs(float(jax.vmap(gradient)(keys).mean() - exact)) < 0.02
         True
     """
+    _errors.is_key("key", key)
     _errors.above_one("mean", mean, "it counts the lags that a call goes back, on average")
     return RandomReach(key, float(mean))
 
@@ -251,6 +252,7 @@ class Reach:
         if reach is None:
             return None
         if isinstance(reach, RandomReach):
+            _errors.one_key("reach", reach.key)
             keep = 1 - 1 / reach.mean
             # The number of lags n has P(n > k) = keepᵏ.
             least = float(jnp.finfo(jnp.float32).tiny)

@@ -13,12 +13,20 @@ from jaxbptt._transforms.tape import InFlight, Tape, in_flight_of, settings_of
 from jaxbptt._types import PyTree, leaf_type
 
 # The names of what a tape holds beside its carry, and the fields that they stand for.
-_FIELDS = {"length": "length", "ring": "_ring", "head": "_head", "phase": "_phase"}
+_FIELDS = {
+    "length": "length",
+    "ring": "_ring",
+    "head": "_head",
+    "phase": "_phase",
+    "put_in": "_put_in",
+}
 
 
 def _parts(tape: Tape) -> dict[str, PyTree]:
     """What a tape holds by name, its cotangents in flight among it where there is a pace."""
     parts = {"carry": tape.carry} | {name: getattr(tape, field) for name, field in _FIELDS.items()}
+    if parts["put_in"] is None:  # only a tape that is replayed has it
+        del parts["put_in"]
     if (in_flight := in_flight_of(tape)) is not None:
         parts["in_flight"] = {"lam": in_flight.lam, "count": in_flight.count}
     return parts
@@ -57,7 +65,8 @@ def tape_from_state_dict(tape: Tape, state: dict[str, Any]) -> Tape:
     read = {name: _restored(part, state[name], name) for name, part in parts.items()}
     if "in_flight" in read:
         tape = dataclasses.replace(tape, _in_flight=InFlight(**read["in_flight"]))
-    fields = {field: read[name] for name, field in ({"carry": "carry"} | _FIELDS).items()}
+    names = {"carry": "carry"} | _FIELDS
+    fields = {field: read[name] for name, field in names.items() if name in read}
     return dataclasses.replace(tape, **fields)
 
 

@@ -27,6 +27,11 @@ def hashes_of_constants(closed_over: Sequence[Any]) -> tuple[str | None, ...]:
     return tuple(_hash_of(v) if _is_constant(v) else None for v in closed_over)
 
 
+def value_hash(array: Any) -> str | None:
+    """A hash of the values of an array of numbers that can be read here, None for another."""
+    return _hash_of(array) if _is_known(array) else None
+
+
 def changed_constants(hashes: Sequence[str | None], closed_over: Sequence[Any]) -> list[int]:
     """Which arrays were constants with these hashes and have other, or unknown, values now."""
     now = hashes_of_constants(closed_over)
@@ -34,11 +39,14 @@ def changed_constants(hashes: Sequence[str | None], closed_over: Sequence[Any]) 
 
 
 def _is_constant(array: Any) -> bool:
-    """Whether an array is large and its values can be read here."""
+    return _is_known(array) and size_in_bytes([array]) > SMALL
+
+
+def _is_known(array: Any) -> bool:
+    """Whether an array is of numbers, and its values can be read here."""
     if isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True):
         return False
-    numeric = jnp.issubdtype(array.dtype, np.number) or array.dtype == bool
-    return bool(numeric) and size_in_bytes([array]) > SMALL
+    return bool(jnp.issubdtype(array.dtype, np.number) or array.dtype == bool)
 
 
 def _hash_of(array: Any) -> str:
@@ -46,7 +54,9 @@ def _hash_of(array: Any) -> str:
     found = _known.get(id(array))
     if found is not None and found[0]() is array:
         return found[1]
-    digest = hashlib.sha256(np.asarray(array).tobytes()).hexdigest()[:16]
+    # As bytes where they lie: bfloat16 has no buffer of its own type, and a copy would be large.
+    values = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(values.data).hexdigest()[:16]
     if isinstance(array, jax.Array):
         key = id(array)
         _known[key] = weakref.ref(array, lambda _: _known.pop(key, None)), digest

@@ -47,6 +47,7 @@ from jaxbptt._jaxprs.evaluate import (
     values_of,
     variables,
 )
+from jaxbptt._jaxprs.linearity import fills
 from jaxbptt._jaxprs.primitives import JOINT_PASSES, MOVES_ZEROS, PASSES
 from jaxbptt._types import explicit
 
@@ -99,7 +100,7 @@ class Contraction:
         jaxpr = self.program.jaxpr
         env: Env = dict(zip(jaxpr.constvars, self.program.consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        evaluate(self.in_loop, env, run)
+        evaluate(self.in_loop, env, run, set(jaxpr.invars).difference(self.invariant))
         return AtLag(
             *(values_of(atoms, env) for atoms in (self.outs, self.operands, self.summands))
         )
@@ -306,7 +307,7 @@ def _is_pass(eqn: core.JaxprEqn, constant: set, maker: Maker) -> bool:
         # Rounding a sum once is not the sum of what was rounded, and adding up in the
         # narrower type loses digits; a product over all lags at once does neither.
         return _widens(moving[0].aval, out.aval) and _is_summed_wide(moving[0], maker)
-    if name == "pad" and not _is_zero(eqn.invars[1], maker):
+    if (name == "pad" and not _is_zero(eqn.invars[1], maker)) or fills(eqn):
         return False
     # The other operands, such as a divisor or the indices of a gather, are constant.
     return moving[0] is eqn.invars[0]

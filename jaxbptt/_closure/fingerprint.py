@@ -8,6 +8,7 @@ each process; and it leaves no way to drop an equation, as `program_hash` does.
 import hashlib
 import itertools
 import re
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxbptt._closure.closure import Closure
+from jaxbptt._closure.constants import value_hash
 from jaxbptt._jaxprs.evaluate import needed, variables
 from jaxbptt._jaxprs.primitives import RETYPES
 from jaxbptt._types import leaf_type
@@ -33,6 +35,7 @@ _PLACES = re.compile(r" at [^\s,)>]+")  # addresses in memory and lines of files
 # which `jax.default_matmul_precision` sets at the moment of tracing.
 _LAYOUT = frozenset({"weak_type", "sharding", "out_sharding"})
 _PRECISION = frozenset({"precision", "preferred_element_type"})
+_PLAIN = bool | int | float | complex | str | bytes
 
 
 def fingerprint(closure: Closure) -> str:
@@ -57,7 +60,7 @@ def fingerprint(closure: Closure) -> str:
     return _hexdigest(_closure_parts(closure))
 
 
-def program_hash(closure: Closure) -> str:
+def program_hash(closure: Closure, *, residuals: bool, arrays: bool) -> str:
     """Hashes what a step computes, to tell a tape of another step.
 
     It is made at each trace, of the forward program alone. The step may be traced under other
@@ -67,15 +70,22 @@ def program_hash(closure: Closure) -> str:
 
     Args:
         closure: the traced step.
+        residuals: whether what it leaves on the ring counts. Under `jax.checkpoint`, or with
+            another derivative rule, that may be other values of the same types.
+        arrays: whether the values count of the arrays that functions with a derivative rule of
+            their own close over: such are no parameters, and not on the ring.
 
     Returns:
         16 hexadecimal digits.
     """
     forward = closure.forward.jaxpr
-    # What a step keeps for its derivative may differ from trace to trace; what it computes may not.
     outs = forward.outvars[: len(closure.layout.outputs.leaves)]  # residuals come after them
+    if residuals:
+        outs = [*outs, *(forward.outvars[i] for i in closure.layout.recorded)]
     eqns = needed(forward.eqns, variables(outs))
-    return _hexdigest(_program_parts(forward.replace(eqns=eqns, outvars=outs), loose=True))[:16]
+    parts = _program_parts(forward.replace(eqns=eqns, outvars=outs), loose=True)
+    inside = [*closure.forward.consts, *closure.linear_consts] if arrays else []
+    return _hexdigest([*parts, *(str(value_hash(v)) for v in inside)])[:16]
 
 
 def _hexdigest(parts: Iterable[Part]) -> str:
@@ -176,6 +186,26 @@ def _value_parts(value: Any, loose: bool = False) -> Iterator[Part]:
     # Where an array lies changes nothing that is computed.
     elif not isinstance(value, jax.sharding.Sharding):
         yield _repr_without_places(value)
+        if loose:
+            yield from _function_parts(value)
+
+
+def _function_parts(value: Any) -> Iterator[Part]:
+    """What tells a Python function of a callback from another: names, numbers and words in it."""
+    # JAX wraps it, in an object whose attributes have been in either place.
+    names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
+    inside = [getattr(value, name, None) for name in names]
+    for function in (v for v in (value, *inside) if isinstance(v, types.FunctionType)):
+        code, cells = function.__code__, function.__closure__ or ()
+        plain = (v for v in (*code.co_consts, *map(_content, cells)) if isinstance(v, _PLAIN))
+        yield repr((code.co_names, *plain))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
 
 
 def _array_parts(array: Any) -> Iterator[Part]:

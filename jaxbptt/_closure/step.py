@@ -8,8 +8,8 @@ from jax.extend import core
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays
-from jaxbptt._jaxprs.evaluate import is_reference
-from jaxbptt._types import PyTree, StepFn, TreeType, type_of
+from jaxbptt._jaxprs.evaluate import with_arrays_outside
+from jaxbptt._types import PyTree, StepFn, TreeType, is_reference, type_of
 
 
 def trace_step(
@@ -57,7 +57,8 @@ def trace_step(
     # What the step closes over, arrays and tracers alike, JAX hands out as constants.
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params, carry, x)
     refuse_references(closed.jaxpr.constvars)
-    return closed, type_of(shapes)
+    # Also those that are used in a jitted function alone.
+    return with_arrays_outside(closed, jax.tree.leaves((params, carry, x))), type_of(shapes)
 
 
 def refuse_references(closed_over: Iterable) -> None:

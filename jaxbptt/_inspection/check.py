@@ -114,7 +114,8 @@ def _checked(
     params: PyTree, carry: PyTree, xs: PyTree, window: Any, tolerance: float | None
 ) -> _Arguments:
     _errors.positive_int("window", window)
-    if tolerance is not None and not tolerance > 0:
+    number = isinstance(tolerance, int | float | np.number)
+    if tolerance is not None and not (number and tolerance > 0):
         raise ValueError(f"tolerance must be a positive number or None, but got {tolerance!r}.")
     # Python numbers and weakly typed arrays would be other dtypes here than in a recorded loop.
     params, carry, xs = (

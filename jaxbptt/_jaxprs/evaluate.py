@@ -12,8 +12,9 @@ from jax.extend import core
 
 from jaxbptt._arrays import struct_like
 from jaxbptt._compat import bind_params
+from jaxbptt._jaxprs.pieces import hold, in_pieces, is_long
 from jaxbptt._jaxprs.primitives import CALLS, MOVABLE, RETYPES
-from jaxbptt._types import explicit
+from jaxbptt._types import explicit, is_reference
 
 
 class Marker:
@@ -53,7 +54,13 @@ class Program:
 
     def __call__(self, *args: Any) -> list:
         """The outputs, from the values of all inputs: arrays, where JAX has numbers of Python."""
-        outs = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.consts))(*args)
+        if is_long(self.jaxpr.eqns):
+            env: Env = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
+            env.update(zip(self.jaxpr.invars, args, strict=True))
+            evaluate(self.jaxpr.eqns, env, bind, self.jaxpr.invars)
+            outs = values_of(self.jaxpr.outvars, env)
+        else:
+            outs = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.consts))(*args)
         return [
             _as_array(v, atom.aval) if isinstance(atom, core.Literal) else v
             for atom, v in zip(self.jaxpr.outvars, outs, strict=True)
@@ -64,8 +71,18 @@ def _as_array(number: Any, aval: Any) -> jax.Array:
     return jnp.asarray(number, aval.dtype)
 
 
-def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -> list[Value]:
-    """The outputs of `jaxpr`, where `rule` says what an equation gives."""
+def interpret(
+    jaxpr: core.Jaxpr,
+    consts: Sequence,
+    args: Sequence,
+    rule: Rule,
+    inlined: Callable[[core.JaxprEqn], bool] | None = None,
+) -> list[Value]:
+    """The outputs of `jaxpr`, where `rule` says what an equation gives.
+
+    The equations of calls are run in their place, of those alone that are `inlined` if it says so.
+    """
+    inlined = inlined or _is_call
     env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -74,8 +91,8 @@ def interpret(jaxpr: core.Jaxpr, consts: Sequence, args: Sequence, rule: Rule) -
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in CALLS and eqn.params.get("name") != _WHOLE:
-            outs = interpret(*_called(eqn), values, rule)
+        if inlined(eqn):
+            outs = interpret(*_called(eqn), values, rule, inlined)
         else:
             outs = rule(eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -91,10 +108,19 @@ def bind(eqn: core.JaxprEqn, values: list) -> list:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def evaluate(eqns: Sequence[core.JaxprEqn], env: Env, run: Bind) -> None:
-    """Adds to the values in `env` those that the equations make, each by `run`."""
-    for eqn in eqns:
-        env.update(zip(eqn.outvars, run(eqn, values_of(eqn.invars, env)), strict=True))
+def evaluate(eqns: Sequence[core.JaxprEqn], env: Env, run: Bind, varying: Iterable = ()) -> None:
+    """Adds to the values in `env` those that the equations make, each by `run`.
+
+    Args:
+        eqns: equations, in order.
+        env: the values of all that they read and don't make.
+        run: runs one of them.
+        varying: of these inputs those that are not the same in all iterations of a loop.
+    """
+    for piece in in_pieces(eqns, varying):
+        for eqn in piece.eqns:
+            env.update(zip(eqn.outvars, run(eqn, values_of(eqn.invars, env)), strict=True))
+        env.update(zip(piece.held, hold([env[v] for v in piece.held]), strict=True))
 
 
 def values_of(atoms: Iterable[Atom], env: Env) -> list:
@@ -111,6 +137,33 @@ def without_calls(closed: core.ClosedJaxpr, structs: Sequence) -> core.ClosedJax
         return interpret(closed.jaxpr, closed.consts, args, bind)
 
     return jax.make_jaxpr(run)(*structs)
+
+
+def with_arrays_outside(closed: core.ClosedJaxpr, structs: Sequence) -> core.ClosedJaxpr:
+    """The same program, the arrays that jitted functions in it close over among its own.
+
+    JAX hands a tracer in from outside, and leaves an array where it is used.
+    """
+    if not any(map(_closes_over, closed.jaxpr.eqns)):
+        return closed
+
+    def run(*args: Any) -> list[Value]:
+        return interpret(closed.jaxpr, closed.consts, args, bind, _closes_over)
+
+    return jax.make_jaxpr(run)(*structs)
+
+
+def _closes_over(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation calls a function that closes over arrays."""
+    # Under `jax.checkpoint` they are arguments.
+    if eqn.primitive.name not in ("jit", "pjit", "closed_call", "core_call"):
+        return False
+    inner, consts = _called(eqn)
+    return bool(consts) or any(map(_closes_over, inner.eqns))
+
+
+def _is_call(eqn: core.JaxprEqn) -> bool:
+    return eqn.primitive.name in CALLS and eqn.params.get("name") != _WHOLE
 
 
 def without_repeats(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -203,11 +256,6 @@ def on_other_axes(aval: Any) -> bool:
     """Whether an abstract value lies on a mesh of which no axis is Explicit."""
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
     return mesh is not None and not mesh.empty and not explicit(aval)
-
-
-def is_reference(atom: Any) -> bool:
-    """Whether a variable is a mutable reference (`jax.new_ref`) and not an array."""
-    return hasattr(atom.aval, "inner_aval")
 
 
 def prune(closed: core.ClosedJaxpr, *, effects: bool = False) -> core.ClosedJaxpr:

@@ -67,7 +67,7 @@ def _rule(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
     if name == "cond" and kinds[0] == FIXED:
         branches = [_outputs(b.jaxpr, kinds[1:]) for b in eqn.params["branches"]]
         return [_joined(list(each)) for each in zip(*branches, strict=True)]
-    if not _is_rounding(eqn) and not _fills(eqn) and _is_known(name, kinds, count):
+    if not _is_rounding(eqn) and not fills(eqn) and _is_known(name, kinds, count):
         return [MOVES] * count
     raise _NotLinearError
 
@@ -84,7 +84,7 @@ def _still(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
             return [FIXED] * count
     # What is linear in something makes zero of zero.
     as_moving = [MOVES if kind == ZERO else kind for kind in kinds]
-    is_zero = name in BILINEAR or (not _fills(eqn) and _is_known(name, as_moving, count))
+    is_zero = name in BILINEAR or (not fills(eqn) and _is_known(name, as_moving, count))
     return [ZERO if is_zero else FIXED] * count
 
 
@@ -123,7 +123,7 @@ def _is_rounding(eqn: core.JaxprEqn) -> bool:
     return not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16
 
 
-def _fills(eqn: core.JaxprEqn) -> bool:
+def fills(eqn: core.JaxprEqn) -> bool:
     """Whether a gather puts a number in the place of what is out of bounds: 0 and NaN add up."""
     number = eqn.params.get("fill_value") if eqn.primitive.name == "gather" else None
     return number is not None and bool(number == number) and bool(number != 0)

@@ -215,7 +215,7 @@ def _run(
     run: Bind, eqns: Eqns, env: Mapping, names: list, values: list, *wanted: list[Atom]
 ) -> Any:
     env = {**env, **dict(zip(names, values, strict=True))}
-    evaluate(eqns, env, run)
+    evaluate(eqns, env, run, names)
     return tuple(values_of(atoms, env) for atoms in wanted)
 
 

@@ -88,10 +88,12 @@ def from_linen(
     """
     _check_module(module, "linen", kwargs)
     errors = importlib.import_module("flax.errors")
-    if variables and "params" not in variables:
+    is_mapping = isinstance(variables, Mapping)
+    if not is_mapping or (variables and "params" not in variables):
+        came = ", ".join(map(repr, variables)) if is_mapping else _errors.describe(variables)
         raise ValueError(
             "variables must be what module.init returned, with 'params' among its collections, "
-            f"but got {', '.join(map(repr, variables))}. Pass {{'params': params, ...}}."
+            f"but got {came}. Pass {{'params': params, ...}}."
         )
     # A key that can't be split would be found in the step, with an error of JAX's.
     try:

@@ -34,6 +34,7 @@ from jaxbptt._training.state import (
     LearnerState,
     Metrics,
     Pending,
+    check_one_state,
     check_pending,
     check_returned_carry,
     check_same_dtypes,
@@ -353,6 +354,7 @@ class Learner:
             Beside the updates, one state in memory and at most two blocks of inputs.
         """
         check_state(state)
+        check_one_state(state)
         return run_stream(self._compiled.for_block, state, xs, block, callback, progress)
 
     @functools.cached_property

@@ -199,3 +199,23 @@ def check_state(state: Any) -> None:
             "state.step must be an integer, the number of inputs that were taken, but got "
             f"{_errors.describe(state.step)}. Hand a state on as it came."
         )
+    leaves = jax.tree.leaves(state)
+    if any(isinstance(v, jax.Array) and _is_used_up(v) for v in leaves):
+        raise ValueError(
+            "state must be one that is still there, but run has taken its memory: it trains in "
+            "place. Go on with the state that run returned, or give it a copy: "
+            "jax.tree.map(jnp.copy, state)."
+        )
+
+
+def _is_used_up(array: jax.Array) -> bool:
+    return not isinstance(array, jax.core.Tracer) and array.is_deleted()
+
+
+def check_one_state(state: "LearnerState") -> None:
+    """Refuses the states of several learners where one loop trains one."""
+    if jnp.ndim(state.step):
+        raise ValueError(
+            "state must be that of one learner, but holds those of several (its step is of shape "
+            f"{jnp.shape(state.step)}). Train them by jax.vmap over a lax.scan of update."
+        )

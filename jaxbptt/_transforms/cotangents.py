@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, zeros
-from jaxbptt._closure.closure import Closure, combine, pick
+from jaxbptt._closure.closure import Closure, Layout, combine, pick
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._types import LeafType, PyTree, TreeType, type_of
 
@@ -162,19 +162,23 @@ def is_symbolic_zero(ct: Any) -> bool:
     return isinstance(ct, jax.custom_derivatives.SymbolicZero)
 
 
-def refuse_what_is_not_followed(
-    closure: Closure, closed_over: Sequence[bool], x: Sequence[bool]
-) -> None:
-    """Refuses to differentiate by constants, and by what the step has no derivative by."""
-    sources = closure.sources
-    for i, (constant, asked) in enumerate(zip(sources.constants, closed_over, strict=True)):
-        if asked and constant is not None:
-            raise _errors.constant_differentiated(i, closure.closed_over[i])
-    for name, followed, perturbed in (
-        ("an array that the step closes over", sources.closed_over, closed_over),
-        ("a leaf of x", sources.x, x),
+def refuse_what_is_not_followed(layout: Layout, closed_over: Sequence, x: Sequence) -> None:
+    """Refuses to differentiate by constants, and by what the step has no derivative by.
+
+    Args:
+        layout: what is known of the step.
+        closed_over: what it closes over, each with `value` and `perturbed`, as a `custom_vjp` gives
+            its arguments with symbolic zeros.
+        x: the same for the leaves of x.
+    """
+    for i, (constant, given) in enumerate(zip(layout.constants, closed_over, strict=True)):
+        if given.perturbed and constant is not None:
+            raise _errors.constant_differentiated(i, given.value)
+    for name, followed, group in (
+        ("an array that the step closes over", layout.followed.closed_over, closed_over),
+        ("a leaf of x", layout.followed.x, x),
     ):
-        missed = [p and not f for p, f in zip(perturbed, followed, strict=True)]
+        missed = [v.perturbed and not f for v, f in zip(group, followed, strict=True)]
         if any(missed):
             raise ValueError(
                 "step must have a derivative with respect to what it is differentiated by, but has "

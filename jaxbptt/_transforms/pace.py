@@ -78,11 +78,10 @@ def call_with_pace(
         moved = move_chains(closure, pushed, given, ct_y, asked=(True,), closed_over=True)
         return (moved.tape, y, aux), moved, made.invariant
 
-    axes = axes_in_sight(closure.forward.jaxpr.eqns)
+    axes, layout = axes_in_sight(closure.forward.jaxpr.eqns), closure.layout
 
     def forward(*args: Any) -> tuple[Any, Any]:
-        perturbed = tuple(v.perturbed for v in args[0])
-        refuse_what_is_not_followed(closure, perturbed, [v.perturbed for v in args[2]])
+        refuse_what_is_not_followed(layout, args[0], args[2])
         closed_over, params, x, rest = primal_values(args)
         outs, moved, invariant = run(closed_over, params, x, rest)
         return outs, (rest[1], invariant, moved.unfinished, moved.x)

@@ -198,13 +198,19 @@ class Recorder:
         Raises:
             TypeError: `loss` returns something else than a floating-point scalar, or a pair that
                 begins with one.
-            ValueError: the recorder has no pace; or as for a call of the recorder.
+            ValueError: the recorder has no pace, or `loss` is no function; or as for a call of the
+                recorder.
 
         Cost:
             One step, one slot written, and `pace` pullbacks of ceil(window / pace) steps each.
         """
         if self.pace is None:
             raise _errors.no_pace()
+        if not callable(loss):
+            raise ValueError(
+                "loss must be a function of y that returns a floating-point scalar or a pair "
+                f"(scalar, aux), but got {_errors.describe(loss)}."
+            )
         _errors.is_tape(tape, Tape)
         params, x = as_strong_arrays(params, "params"), as_strong_arrays(x, "x")
 
@@ -370,6 +376,7 @@ def record(
     """
     if not callable(step):
         raise _errors.not_callable(step)
+    _errors.is_bool("has_aux", has_aux)
     windows = Windows.of(window).countable()
     _errors.positive_int("every", every)
     # What the mode decides, and where: what goes into a slot (`slot_types`, `record_step`,
@@ -454,7 +461,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     if changed and recorder.weights == "stored":
         raise _errors.constant_changed(changed[0], closure.closed_over[changed[0]])
     slot, came = slot_types(recorder, closure, tape.carry, x), layout(tape)
-    of_this_step = made.step == program_hash(closure)
+    of_this_step = made.step == _hash_of(recorder, closure)
     # Two steps may leave slots of the same types, so that the program itself is compared too.
     if slot == came and of_this_step:
         return closure, tape
@@ -465,6 +472,13 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     if slot != came:
         raise _errors.other_residuals(slot, came)
     raise _errors.other_step()
+
+
+def _hash_of(recorder: Recorder, closure: Closure) -> str:
+    # Where the window is run again the ring holds no residuals. What is not on the ring has to be
+    # the same at each step where each step's own counts.
+    weights = recorder.weights
+    return program_hash(closure, residuals=weights != "replayed", arrays=weights == "stored")
 
 
 def _by_name(slot: Sequence[LeafType]) -> dict[str, LeafType]:
@@ -481,7 +495,7 @@ def _blank_tape(
         recorder.weights,
         recorder.pace,
         *(type_of(params), type_of(carry), type_of(x)),
-        program_hash(closure),
+        _hash_of(recorder, closure),
         closure.sources,
     )
     slot, slots = slot_types(recorder, closure, carry, x), math.prod(settings.slots)
@@ -564,7 +578,7 @@ def _call(
     every, replays = settings_of(tape).every, settings_of(tape).weights == "replayed"
     # A reach that is a Python int is part of the program, and no argument of the rule.
     static = reach if reach is not None and not reach.traced else None
-    axes = axes_in_sight(closure.forward.jaxpr.eqns)
+    axes, layout = axes_in_sight(closure.forward.jaxpr.eqns), closure.layout
 
     def run(
         closed_over: list, params: list, x: list, rest: tuple[Tape, Closure, Reach | None]
@@ -578,12 +592,12 @@ def _call(
         return (pushed, y, aux), made.invariant
 
     def forward(*args: Any) -> tuple[Any, _Saved]:
-        y = type_of(closure.layout.outputs.tree()[1])
+        y = type_of(layout.outputs.tree()[1])
         if every > 1 and not (len(y.leaves) == 1 and is_scalar(y.leaves[0])):
             raise _errors.loss_not_scalar(y, every)
         # Of closed-over arrays only those get a cotangent that somebody differentiates by.
         asked = tuple(v.perturbed for v in args[0])
-        refuse_what_is_not_followed(closure, asked, [v.perturbed for v in args[2]])
+        refuse_what_is_not_followed(layout, args[0], args[2])
         closed_over, params, x, rest = primal_values(args)
         outs, invariant = run(closed_over, params, x, rest)
         # Only to run the window again are the parameters needed after this.
@@ -644,10 +658,15 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
         window = tape_window(closure, tape, saved.params, saved.invariant, rows, reach=reach)
         # With every > 1 each loss of the group gets the cotangent of this call.
         ys = [jnp.broadcast_to(v, (rows, *v.shape)) for v in of_y]
-        wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=False)
+        # Of the newest step alone x̄ costs less, but a side effect would happen twice there.
+        acts = closure.pullback(y=asked).acts
+        wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=acts)
         ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)
-        newest = [*window.read(0), *window.invariant]
-        x = pull_newest_x(closure, newest, ct_carry, of_y, asked)
+        if acts:
+            x = [v[0] for v in ct.xs]
+        else:
+            newest = [*window.read(0), *window.invariant]
+            x = pull_newest_x(closure, newest, ct_carry, of_y, asked)
         # Closed-over arrays and parameters are contracted together, as weights.
         n = len(kinds.closed_over)
         return _GroupCotangents(ct.weights[:n], ct.weights[n:], x)

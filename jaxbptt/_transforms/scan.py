@@ -18,10 +18,11 @@ from jaxbptt._closure.step import refuse_references
 from jaxbptt._compat import jit_is_disabled, lax_scan, scan_counts
 from jaxbptt._jaxprs.dependence import reached, with_carry
 from jaxbptt._jaxprs.evaluate import (
+    Program,
     bind,
     has_references,
-    is_reference,
     leaves_explicit_axes,
+    prune,
 )
 from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, with_rule
 from jaxbptt._transforms.cotangents import (
@@ -38,7 +39,7 @@ from jaxbptt._transforms.scan_forward import (
     run_with_checkpoints,
     steps_between_checkpoints,
 )
-from jaxbptt._types import PyTree, leaf_type, type_of
+from jaxbptt._types import PyTree, is_reference, leaf_type, type_of
 from jaxbptt._windows import RandomWindow, Windows
 
 
@@ -240,9 +241,16 @@ def _truncated(eqn: core.JaxprEqn, values: list, cut: _Cut) -> list:
         # A derivative of our own can't write to references, nor stack what lies on a mesh that
         # is not the caller's: JAX's does both.
         return bind(eqn, values)
-    refuse_references(eqn.invars)
     length, reverse = eqn.params["length"], eqn.params["reverse"]
+    if cut.remat and not isinstance(length, int):
+        raise _errors.remat_of_symbolic(length)
     n_consts, n_carry = scan_counts(eqn)
+    refuse_references(eqn.invars[:n_consts])
+    for v in filter(is_reference, eqn.invars[n_consts:]):
+        raise ValueError(
+            "init and xs must be arrays where a window cuts, but got a mutable reference "
+            f"{v.aval}. Pass its value, ref[...]."
+        )
     values = [_strong(v) for v in values]
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
     axes = axes_in_sight([eqn])
@@ -298,7 +306,11 @@ def _run(
         return [*run.carry, *run.ys], run.residuals
     init = [jnp.asarray(v) for v in init]  # a Python number has no shape
     block = steps_between_checkpoints(closure, init, length) if remat is True else int(remat)
-    step = core.jaxpr_as_fun(eqn.params["jaxpr"])
+    # Not the body itself: of a function with a rule of its own a second derivative is that of what
+    # its rule computes forwards.
+    n, forward = len(closure.layout.outputs.leaves), closure.forward
+    outs = forward.jaxpr.replace(outvars=forward.jaxpr.outvars[:n])
+    step = Program.of(prune(core.ClosedJaxpr(outs, forward.consts), effects=True))
     return run_with_checkpoints(step, closure.closed_over, init, xs, length, block, **how)
 
 

@@ -205,7 +205,10 @@ def steps_between_checkpoints(closure: Closure, init: list, length: int) -> int:
     """
     outs = closure.forward.jaxpr.outvars
     a_step = size_in_bytes(outs[i].aval for i in closure.layout.recorded)
-    best = round((length * size_in_bytes(init) / max(a_step, 1)) ** 0.5)
+    a_carry = size_in_bytes(init)
+    # Of a batch of symbolic size nobody knows the bytes.
+    ratio = a_carry / max(a_step, 1) if isinstance(a_step + a_carry, int) else 1.0
+    best = round((length * ratio) ** 0.5)
     best = min(max(best, _FEWEST), max(length, 1))
     # Memory is flat around its least: half or twice the best size costs a quarter more.
     near = [k for k in range(best, min(2 * best, length + 1)) if length % k == 0]

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
@@ -87,6 +88,9 @@ class Tape:
     _head: jax.Array  # int32, the slot of the newest step
     _phase: jax.Array  # int32, steps in the current group of `every`, the newest included
     _in_flight: InFlight | None
+    # With "replayed", for each slot whether the carry that its step was given had been put in by
+    # `replace`: a window that is run again goes on from there.
+    _put_in: jax.Array | None
     _settings: Settings
 
     def __post_init__(self) -> None:
@@ -124,7 +128,12 @@ class Tape:
             type_of(carry),
             "Cast or reshape it, or make a new tape with init.",
         )
-        return dataclasses.replace(self, carry=carry)
+        put_in = self._put_in
+        if put_in is not None:
+            # The next step is given it. Until then the slot holds the oldest step, from which a
+            # window is run again in any case.
+            put_in = put_in.at[(self._head + 1) % put_in.shape[0]].set(True)
+        return dataclasses.replace(self, carry=carry, _put_in=put_in)
 
 
 def _size(ring: Sequence[Any]) -> str:
@@ -138,7 +147,7 @@ def _size(ring: Sequence[Any]) -> str:
 
 jax.tree_util.register_dataclass(
     Tape,
-    data_fields=["carry", "length", "_ring", "_head", "_phase", "_in_flight"],
+    data_fields=["carry", "length", "_ring", "_head", "_phase", "_in_flight", "_put_in"],
     meta_fields=["_settings"],
 )
 
@@ -162,7 +171,8 @@ def blank(
         in_flight = InFlight(chains, jnp.zeros((), jnp.int32))
     # Three arrays rather than one thrice: a buffer can be donated only once.
     length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return Tape(carry, length, ring, head, phase, in_flight, settings)
+    put_in = jnp.zeros(settings.window, bool) if settings.weights == "replayed" else None
+    return Tape(carry, length, ring, head, phase, in_flight, put_in, settings)
 
 
 def _laid_out(leaf: LeafType, slots: tuple[int, ...]) -> LeafType:
@@ -174,7 +184,10 @@ def _laid_out(leaf: LeafType, slots: tuple[int, ...]) -> LeafType:
 
 def is_blank(tape: Tape) -> bool:
     """Whether nothing is recorded, as far as that is known while tracing."""
-    return not isinstance(tape.length, jax.core.Tracer) and not tape.length.any()
+    length = tape.length
+    # An array that a jitted function closes over is no tracer, but what is computed of it is.
+    here = not isinstance(length, jax.core.Tracer) and getattr(length, "is_fully_addressable", True)
+    return here and not np.asarray(length).any()
 
 
 def cleared(tape: Tape) -> Tape:
@@ -186,6 +199,7 @@ def cleared(tape: Tape) -> Tape:
         _head=jnp.zeros_like(tape._head),
         _phase=jnp.zeros_like(tape._phase),
         _in_flight=jax.tree.map(jnp.zeros_like, tape._in_flight),
+        _put_in=jax.tree.map(jnp.zeros_like, tape._put_in),
     )
 
 
@@ -199,7 +213,10 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
     place = (head,) if len(slots) == 1 else row_and_column(head, settings)
     _same_sharding(tape._ring, residuals, slots)
     ring = [_write(leaf, value, place) for leaf, value in zip(tape._ring, residuals, strict=True)]
-    in_flight = tape._in_flight
+    in_flight, put_in = tape._in_flight, tape._put_in
+    if put_in is not None:
+        # What `replace` has said of this slot stays; of the next one nothing is said yet.
+        put_in = put_in.at[(head + 1) % window].set(False)
     if in_flight is not None:
         count = jnp.minimum(in_flight.count + 1, math.prod(slots))
         in_flight = dataclasses.replace(in_flight, count=count)
@@ -211,6 +228,7 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
         _head=head,
         _phase=tape._phase % every + 1,
         _in_flight=in_flight,
+        _put_in=put_in,
     )
 
 
@@ -263,6 +281,16 @@ def reader(tape: Tape) -> Callable[[Any], list[jax.Array]]:
         return _exactly([lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring])
 
     return read
+
+
+def put_in_at(tape: Tape) -> Callable[[Any], jax.Array]:
+    """A function from lag to whether the carry of that step was put in, of a "replayed" tape."""
+    flags = jnp.asarray(tape._put_in)
+
+    def at(lag: Any) -> jax.Array:
+        return flags[(tape._head - lag) % flags.shape[0]]
+
+    return at
 
 
 def _exactly(leaves: list[jax.Array]) -> list[jax.Array]:

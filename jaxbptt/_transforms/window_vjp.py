@@ -26,7 +26,7 @@ from jaxbptt._jaxprs.evaluate import ZERO, Value
 from jaxbptt._jaxprs.loops import put, scan_stacking
 from jaxbptt._jaxprs.loops import rows as rows_at
 from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
-from jaxbptt._transforms.tape import Tape, layout, reader, settings_of
+from jaxbptt._transforms.tape import Tape, layout, put_in_at, reader, settings_of
 from jaxbptt._types import PyTree, leaf_type
 from jaxbptt._windows import Reach, reach_of_rows
 
@@ -465,13 +465,18 @@ def tape_window(
             # A reach that is known while tracing makes the program that a shorter window would.
             held = min(held, reach.lags)
             windows = tuple(min(w, held) for w in windows)
+        elif reach.keep != 1:
+            # A drawn one cuts off, with its probability, what the whole window would reach.
+            limit = reach.lags
         else:  # then only masks and the number of trips know of it
+            last = rows if group is None else jnp.minimum(group, rows)
             beyond = jnp.maximum(reach.lags - settings.every, 0)
-            limit = jnp.minimum(reach.lags, rows + beyond)
+            limit = jnp.minimum(reach.lags, last + beyond)
+    as_far = limit is not None
     steps, *parts = (reach_of_rows(w, rows, settings.every) for w in windows)
     read, foreign = reader(tape), frozenset[str]()
     if settings.weights == "replayed":
-        read = replayed(closure, params, read, held, recorded, as_far=limit is not None)
+        read = replayed(closure, params, read, held, recorded, put_in_at(tape), as_far=as_far)
     else:
         pairs = zip(layout(tape), closure.slot, strict=True)
         foreign = frozenset().union(*(there.varying - left.varying for there, left in pairs))
@@ -486,7 +491,6 @@ def tape_window(
         shorter, *cut = (jnp.minimum(w, last + max(w - settings.every, 0)) for w in windows)
         farthest = jnp.minimum(farthest, shorter)
     keep = 1.0 if reach is None else reach.keep
-    as_far = limit is not None
     bounds = steps, farthest, tuple(parts), tuple(cut)
     return Window(read, invariant, *bounds, as_far, keep, tuple(sorted(foreign)))
 
@@ -515,6 +519,7 @@ def replayed(
     read: Callable[[Any], list],
     window: int,
     length: Any,
+    put_in: Callable[[Any], jax.Array],
     *,
     as_far: bool = False,
 ) -> Callable[[Any], list]:
@@ -531,6 +536,7 @@ def replayed(
             recorded.
         window: how many slots there are.
         length: how many of them are recorded, and are to be run again.
+        put_in: from a lag to whether the carry of that step was not made by the one before it.
         as_far: whether the loop runs `length` steps, and not `window`.
     """
     n = len(closure.layout.followed.carry)
@@ -538,7 +544,7 @@ def replayed(
     def body(carry: list, lag: Any) -> tuple[list, list]:
         given = read(lag)
         recorded, x = given[:n], given[n:]
-        begins = lag >= length - 1  # later carries are made again
+        begins = (lag >= length - 1) | put_in(lag)  # other carries are made again
         # A select and no branch: lags before the oldest recorded step run too, and are masked
         # later.
         carry = [jnp.where(begins, v, c) for v, c in zip(recorded, carry, strict=True)]

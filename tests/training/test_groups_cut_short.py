@@ -109,6 +109,23 @@ def test_at_fixed_parameters_it_is_the_same_for_all_weights(weights):
     oracles.check("learner, a group of one", state.opt_state, want, 1e-11)
 
 
+@pytest.mark.parametrize(("window", "every", "reach"), [(5, 2, 3), (6, 4, 5), (4, 3, 1)])
+def test_a_reach_that_is_known_when_it_runs_is_that_of_an_int(window, every, reach):
+    learner = jaxbptt.learner(
+        lambda w, c, x: (w * c + x,) * 2, lambda y, x: y, momentum(), window=window, every=every
+    )
+
+    def trained(reach):
+        state = learner.init(jnp.float64(0.5), jnp.float64(1.0), jnp.float64(0.0))
+        found = []
+        for x, end in zip((1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0), (0, 0, 0, 0, 1, 1, 0), strict=True):
+            state, _ = learner.update(state, x, ends=jnp.array(bool(end)), reach=reach)
+            found.append(state.params)
+        return found
+
+    np.testing.assert_allclose(trained(jnp.int32(reach)), trained(reach), rtol=1e-13)
+
+
 def test_flags_that_never_hold_change_nothing():
     case = zoo.ZOO["typed_key"](F64)
     for every in (1, 3):

@@ -197,6 +197,26 @@ def test_the_state_is_written_over():
     assert np.isfinite(kept[0][1]["w"]).all()
 
 
+def test_a_state_that_was_written_over_is_told_of():
+    learner = make()
+    state = begun(learner)
+    learner.run(state, stream(0, 4), block=4)
+    for again in (
+        lambda: learner.run(state, stream(0, 4), block=4),
+        lambda: learner.update(state, 0.0),
+        lambda: learner.evaluate(state, jnp.zeros(3)),
+    ):
+        with pytest.raises(ValueError, match="run has taken its memory"):
+            again()
+
+
+def test_the_states_of_several_learners_are_told_of():
+    learner = make()
+    both = jax.tree.map(lambda v: jnp.stack([v, v]), begun(learner))
+    with pytest.raises(ValueError, match="that of one learner, but holds those of several"):
+        learner.run(both, stream(0, 4))
+
+
 # ------------------------------------------------------------------ kinds of x
 
 

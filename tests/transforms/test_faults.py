@@ -666,3 +666,71 @@ def test_a_step_of_another_arity_is_told_by_python():
         match=r"takes 2 positional arguments but 3 were given",
     ):
         jaxbptt.record(lambda params, carry: (carry, None), window=2).init(PARAMS, CARRY, X)
+
+
+# ------------------------------------------------------------ arguments of another kind
+
+SCALAR = jaxbptt.record(lambda w, c, x: (w * c + x, w * c + x), window=2)
+
+
+def halved(w, c, x):
+    c = w * c.astype(float) + x
+    return c, c
+
+
+def reach_of(key):
+    tape, _ = SCALAR(0.5, SCALAR.init(0.5, 0.0, 0.0), 1.0)
+    return SCALAR.pullback(0.5, tape, jnp.ones(1), reach=jaxbptt.random_reach(key, 3))
+
+
+def advanced_by(loss):
+    rec = jaxbptt.record(SCALAR.step, window=2, pace=1)
+    return rec.advance(0.5, rec.init(0.5, 0.0, 0.0), 0.0, loss)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: reach_of(None), ValueError, "^key must be a key for jax.random, but got None"),
+        (lambda: reach_of(0), ValueError, "^key must be a key for jax.random, but got 0"),
+        (
+            lambda: reach_of(jax.random.split(jax.random.key(0))),
+            ValueError,
+            "^reach must be drawn from one key for a run, but its key is an array",
+        ),
+        (lambda: advanced_by(None), ValueError, "^loss must be a function of y .* got None"),
+        (
+            lambda: jaxbptt.record(step, window=2, weights=np.ones(2)),
+            ValueError,
+            "^weights must be 'stored', 'current' or 'replayed'",
+        ),
+        (
+            lambda: jaxbptt.record(step, window=2, has_aux=np.ones(2)),
+            ValueError,
+            r"^has_aux must be True or False, but got an array float64\[2\]",
+        ),
+        (
+            lambda: jaxbptt.record(halved, window=2).init(0.5, 0, 0.0),
+            TypeError,
+            r"(?s)\[\] in, float64\[\] out.*begin with a carry of dtype float64, such as 0.0",
+        ),
+    ],
+)
+def test_an_argument_of_another_kind(call, error, said):
+    if not jax.config.jax_enable_x64:
+        said = said.replace("float64", "float32")
+    with pytest.raises(error, match=said):
+        call()
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
+def test_a_reference_where_an_array_belongs():
+    ref, zero = jax.new_ref(jnp.zeros(2)), jnp.zeros(2)
+    with pytest.raises(ValueError, match=r"^carry must be an array .* a mutable reference"):
+        jaxbptt.record(lambda w, c, x: (c, x), window=2).init(0.5, ref, zero)
+    with pytest.raises(ValueError, match=r"^params\['w'\] must be an array .* a mutable reference"):
+        jaxbptt.record(lambda w, c, x: (c, x), window=2).init({"w": ref}, zero, zero)
+    with pytest.raises(TypeError, match=r"y is a mutable reference .* Return its value"):
+        jaxbptt.record(lambda w, c, x: (c, jax.new_ref(c)), window=2).init(0.5, zero, zero)
+    with pytest.raises(ValueError, match=r"^init and xs must be arrays where a window cuts"):
+        jaxbptt.scan(lambda c, x: (c + 1, x[...]), zero, jax.new_ref(jnp.ones((3, 2))), window=2)

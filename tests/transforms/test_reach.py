@@ -165,15 +165,15 @@ def test_half_precision_is_summed_in_float32():
 # ------------------------------------------------------------ drawn
 
 
-MEANS = [(1, 2.0), (1, 5.0), (3, 3.0)]
+MEANS = [(1, 2.0, 1), (1, 5.0, 1), (3, 3.0, 3), (3, 2.0, 1), (3, 2.0, 2)]
 
 
-@pytest.mark.parametrize(("every", "mean"), grid(MEANS, MEANS[::2]))
-def test_all_reaches_by_their_probability_give_the_windows_gradient(every, mean):
+@pytest.mark.parametrize(("every", "mean", "rows"), grid(MEANS, MEANS[::2]))
+def test_all_reaches_by_their_probability_give_the_windows_gradient(every, mean, rows):
     """The mean over the number of lags, each with its probability, worked out and not drawn."""
     window, keep = 9, 1 - 1 / mean
     rec, tape = recorded(20, "stored", every, window)
-    exact = rec.pullback(W, tape, jnp.ones(every)).params
+    exact = rec.pullback(W, tape, jnp.ones(rows)).params
     lags = np.arange(1, window + 1)
     probability = np.append(keep ** (lags[:-1] - 1) * (1 - keep), keep ** (window - 1))
     np.testing.assert_allclose(probability.sum(), 1.0, rtol=1e-12)
@@ -191,7 +191,7 @@ def test_all_reaches_by_their_probability_give_the_windows_gradient(every, mean)
 
     def gradient(n):
         closure, same = closure_for(rec, W, tape, x_struct(tape))
-        given = given_window(closure, same, W, jnp.ones(every), None, with_lags(n))
+        given = given_window(closure, same, W, jnp.ones(rows), None, with_lags(n))
         return pull_window(closure, *given, Wanted(closed_over=False, xs=False)).weights
 
     each = jax.jit(jax.vmap(gradient))(jnp.asarray(lags, jnp.int32))

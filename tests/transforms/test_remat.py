@@ -512,3 +512,33 @@ def test_a_reference_that_f_closes_over():
 
     with pytest.raises(TypeError, match="must not close over a mutable reference"):
         jaxbptt.scan(f, 0.5, jnp.ones(3), window=None, remat=2)
+
+
+@jax.custom_vjp
+def approximated(v):
+    return jnp.sin(v)
+
+
+approximated.defvjp(lambda v: (jnp.sin(v), v), lambda v, ct: (0.7 * ct * jnp.cos(v),))
+
+
+@pytest.mark.parametrize("window", [None, 9, 2])
+def test_second_derivatives_of_a_rule_that_is_not_exact(window):
+    xs = jnp.arange(1.0, 6.0) * 0.3
+
+    def loss(w, scan):
+        def body(c, x):
+            c = approximated(w * c + x)
+            return c, c**2
+
+        return jnp.sum(scan(body, 0.4, xs)[1])
+
+    def second(scan):
+        grad = jax.grad(lambda w: loss(w, scan))
+        return grad(0.6), jax.grad(grad)(0.6), jax.jvp(grad, (0.6,), (1.0,))[1]
+
+    whole = functools.partial(jaxbptt.scan, window=window)
+    got = second(functools.partial(whole, remat=2))
+    np.testing.assert_allclose(got, second(whole), rtol=1e-12)
+    if window != 2:
+        np.testing.assert_allclose(got, second(lax.scan), rtol=1e-12)

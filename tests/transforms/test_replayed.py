@@ -102,6 +102,60 @@ def test_at_fixed_parameters_the_three_agree():
     assert tapes["replayed"].nbytes < tapes["current"].nbytes < tapes["stored"].nbytes
 
 
+@pytest.mark.parametrize("window", [1, 2, 4, 9])
+@pytest.mark.parametrize("put_in_at", [[2], [5], [1, 2, 4], [0], range(6)])
+def test_a_carry_that_was_put_in_is_where_the_run_goes_on(window, put_in_at):
+    """λ flows from it to the step before, "as if that step had returned it"."""
+    xs = jnp.linspace(-0.5, 0.7, 7)
+
+    def step(w, c, x):
+        c = jnp.tanh(w * c + x)
+        return c, c**2
+
+    def by_hand(w, n):
+        c = 0.3
+        for s, x in enumerate(xs[:n]):
+            c = lax.stop_gradient(c) if s == n - window else c
+            # The value is that which was put in, the derivative that of what was there.
+            c = c + lax.stop_gradient(0.1 * s - c) if s in put_in_at else c
+            c, y = step(w, c, x)
+        return y
+
+    for weights in ("stored", "current", "replayed"):
+        rec = jaxbptt.record(step, window=window, weights=weights)
+        tape = rec.init(0.8, 0.3, 0.0)
+        for s, x in enumerate(xs):
+            tape = tape.replace(carry=jnp.float64(0.1 * s)) if s in put_in_at else tape
+            tape, _ = rec(0.8, tape, x)
+            for lags in (None, jnp.int32(window)):
+                got = rec.pullback(0.8, tape, jnp.ones(1), reach=lags).params
+                np.testing.assert_allclose(got, jax.grad(by_hand)(0.8, s + 1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("put_in_at", [None, 1, 2, 3])
+def test_a_carry_that_was_put_in_counts_once(put_in_at):
+    """A turn of the ring later its slot holds a step whose carry the step before has made."""
+    xs = jnp.linspace(-0.5, 0.7, 7)
+    rec = jaxbptt.record(lambda w, c, x: (jnp.tanh(w * c + x),) * 2, window=3, weights="replayed")
+    tape, c, carries = rec.init(0.8, 0.3, 0.0), 0.3, []
+    for s, x in enumerate(xs):
+        if s == put_in_at:
+            c = 0.1
+            tape = tape.replace(carry=jnp.float64(c))
+        carries.append(c)
+        tape, c = rec(0.8, tape, x)
+
+    # Under other parameters than those that it was recorded with.
+    def again(w):
+        c = carries[-3]
+        for x in xs[-3:]:
+            c = jnp.tanh(w * c + x)
+        return c
+
+    got = rec.pullback(0.4, tape, jnp.ones(1)).params
+    np.testing.assert_allclose(got, jax.grad(again)(0.4), rtol=1e-12)
+
+
 def test_the_ring_holds_carries_and_inputs_only():
     case = ZOO["lstm"](np.float64)
     rec = jaxbptt.record(case.step, window=5, weights="replayed")

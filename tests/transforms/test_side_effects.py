@@ -169,7 +169,7 @@ def test_a_reference_from_outside_is_refused_where_a_window_cuts():
 # ------------------------------------------------------ effects in pullbacks
 
 
-def watched(seen, *, ordered):
+def watch_of(seen, *, ordered):
     """The identity, which writes down each cotangent that goes through it."""
 
     def note(ct):
@@ -187,6 +187,12 @@ def watched(seen, *, ordered):
         return (ct,)
 
     watch.defvjp(lambda v: (v, None), back)
+    return watch
+
+
+def watched(seen, *, ordered):
+    """A step that writes down the cotangent of its carry."""
+    watch = watch_of(seen, ordered=ordered)
 
     def step(w, c, x):
         c = jnp.tanh(w * watch(c) + x)
@@ -225,6 +231,44 @@ def test_a_print_of_the_cotangent_happens_once_for_each_lag_that_is_recorded():
     jax.block_until_ready(rec.pullback(W, tape, jnp.ones(1)))
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(seen), sorted(cotangents(4, 6)), rtol=1e-12)
+
+
+def in_a_branch(v, watch):
+    return lax.cond(v > -9.0, watch, lambda v: v, v)
+
+
+def in_an_inner_loop(v, watch):
+    return lax.scan(lambda v, _: (watch(v), None), v, None, 1)[0]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("place", [in_a_branch, in_an_inner_loop])
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_an_effect_on_the_way_to_x_happens_once_at_the_newest_lag_too(ordered, place, weights):
+    seen = []
+    watch = watch_of(seen, ordered=ordered)
+
+    def step(w, c, x):
+        c = jnp.tanh(place(w * c + x, watch))
+        return c, c**2
+
+    rec = jaxbptt.record(step, window=3, weights=weights)
+    tape = rec.init(W, 0.1, 0.0)
+    for x in INPUTS[:-1]:
+        tape, _ = rec(W, tape, x)
+    both = jax.jit(jax.grad(lambda w, x: rec(w, tape, x)[1], (0, 1)))
+    of_w, of_x = both(W, INPUTS[-1])
+    jax.effects_barrier()
+    assert len(seen) == 3
+
+    def unrolled(w, x):
+        c = 0.1
+        for s, v in enumerate([*INPUTS[:-1], x]):
+            c = jnp.tanh((w if s >= len(INPUTS) - 3 else W) * c + v)
+        return c**2
+
+    want = jax.grad(unrolled, (0, 1))(W, INPUTS[-1])
+    np.testing.assert_allclose((of_w, of_x), want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("window", [1, 2, 4])

@@ -560,7 +560,7 @@ def test_flax_cells(name):
         oracles.check(f"flax {name}", got, want.params, 1e-12)
 
 
-@pytest.mark.parametrize("way", ["scan", "scan, no window", "record", "replayed"])
+@pytest.mark.parametrize("way", ["scan", "scan, no window", "record", "replayed", "pace"])
 def test_no_tracer_outlives_its_trace(way):
     """What the derivative's rules close over is kept with the program: it may hold no array."""
 
@@ -571,10 +571,14 @@ def test_no_tracer_outlives_its_trace(way):
                 lambda c, x: (jnp.tanh(c + a * x), c), a, XS[:, 0, 0], window=window
             )[0]
         weights = "replayed" if way == "replayed" else "current"
-        rec = jaxbptt.record(lambda w, c, x: (jnp.tanh(w * c + a),) * 2, window=2, weights=weights)
+        how = {"weights": weights, "pace": 1 if way == "pace" else None}
+        rec = jaxbptt.record(lambda w, c, x: (jnp.tanh(w * c + a),) * 2, window=2, **how)
         return rec(a, rec.init(a, a, a), a)[1]
 
     want = jax.value_and_grad(loss)(0.3)
     with jax.checking_leaks():
         got = jax.jit(jax.value_and_grad(loss))(0.3)
+        # Where nobody differentiates the rules are only looked at.
+        forward = jax.jit(loss)(0.3), jax.vmap(loss)(jnp.array([0.3]))[0]
     np.testing.assert_allclose(got, want, rtol=1e-13)
+    np.testing.assert_allclose(forward, want[0], rtol=1e-13)

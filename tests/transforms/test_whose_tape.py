@@ -42,6 +42,16 @@ def ways(rec, tape):
     yield lambda: lax.scan(lambda tape, x: rec(0.5, tape, x), tape, XS)
 
 
+def test_a_tape_that_a_jitted_function_closes_over():
+    one, two = (jaxbptt.record(scaled(s), window=3) for s in (1.0, 3.0))
+    blank = one.init(0.5, 0.1, 0.0)
+    want = two(0.5, two.init(0.5, 0.1, 0.0), 0.3)[1]
+    np.testing.assert_allclose(jax.jit(lambda w: two(w, blank, 0.3)[1])(0.5), want, rtol=1e-13)
+    tape = recorded(one)
+    with pytest.raises(ValueError, match=OTHER):
+        jax.jit(lambda w: two(w, tape, 0.3))(0.5)
+
+
 @pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
 def test_a_tape_of_another_step_with_the_same_slots_is_refused(weights):
     one, two = (jaxbptt.record(scaled(s), window=3, weights=weights) for s in (1.0, 3.0))
@@ -49,6 +59,72 @@ def test_a_tape_of_another_step_with_the_same_slots_is_refused(weights):
     for way in ways(two, tape):
         with pytest.raises(ValueError, match=OTHER):
             way()
+
+
+@jax.custom_jvp
+def steep(v):
+    return jnp.tanh(v)
+
+
+@jax.custom_jvp
+def flat(v):
+    return jnp.tanh(v)
+
+
+steep.defjvps(lambda t, out, v: t * (3.0 * jnp.sin(v)))
+flat.defjvps(lambda t, out, v: t * (0.5 * jnp.sin(v)))
+cell_step = scaled(1.0, lambda v: jnp.tanh(v) ** 2)
+
+
+@pytest.mark.parametrize("weights", ["stored", "current"])
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (scaled(1.0, steep), scaled(1.0, flat)),
+        (cell_step, jax.checkpoint(cell_step)),
+        (jax.checkpoint(cell_step), cell_step),
+    ],
+    ids=["another rule", "checkpoint added", "checkpoint taken away"],
+)
+def test_another_derivative_of_the_same_step_counts_where_it_is_on_the_ring(weights, one, two):
+    tape = recorded(jaxbptt.record(one, window=3, weights=weights))
+    for way in ways(jaxbptt.record(two, window=3, weights=weights), tape):
+        with pytest.raises(ValueError, match=r"^tape must be of this recorder's step"):
+            way()
+
+
+def called_back(function):
+    def step(w, c, x):
+        c = jnp.tanh(w * c + jax.pure_callback(function, jax.typeof(x), x))
+        return c, c
+
+    return step
+
+
+@pytest.mark.parametrize("weights", ["stored", "replayed"])
+def test_another_callback_counts(weights):
+    def times(number):
+        return lambda v: np.asarray(v) * number
+
+    how = {"window": 3, "weights": weights}
+    tape = recorded(jaxbptt.record(called_back(lambda v: np.sin(v)), **how))
+    jaxbptt.record(called_back(lambda v: np.sin(v)), **how)(0.5, tape, 0.1)
+    with pytest.raises(ValueError, match=OTHER):
+        jaxbptt.record(called_back(lambda v: np.cos(v)), **how)(0.5, tape, 0.1)
+    tape = recorded(jaxbptt.record(called_back(times(2.0)), **how))
+    jaxbptt.record(called_back(times(2.0)), **how)(0.5, tape, 0.1)
+    with pytest.raises(ValueError, match=OTHER):
+        jaxbptt.record(called_back(times(3.0)), **how)(0.5, tape, 0.1)
+
+
+def test_carries_and_inputs_serve_any_derivative_of_the_step():
+    one, two = (
+        jaxbptt.record(step, window=3, weights="replayed")
+        for step in (cell_step, jax.checkpoint(cell_step))
+    )
+    tape = recorded(one)
+    want, got = (rec.pullback(0.5, tape, jnp.ones(1)).params for rec in (one, two))
+    np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
 def test_another_operation_counts_and_another_number_inside_a_loop():
@@ -156,6 +232,91 @@ def test_under_every_transformation_a_tape_stays_its_own():
 def test_without_jit_a_tape_stays_its_own():
     with jax.disable_jit():
         assert REC(PARAMS, tape_of_cell(), ROWS[0])[0].length == 3
+
+
+def times(array, v, place):
+    """The product of a matrix and a vector, the matrix closed over in some place."""
+
+    def product(v):
+        return array @ v
+
+    if place == "a jitted function":
+        return jax.jit(product)(v)
+    if place == "a jitted function in another":
+        return jax.jit(lambda v: jax.jit(product)(v) * 1.0)(v)
+    if place == "a branch":
+        return lax.cond(v[0] > -99.0, product, lambda v: v, v)
+    if place == "a loop":
+        return lax.scan(lambda c, _: (product(c), None), v, None, length=1)[0]
+    if place == "jax.checkpoint":
+        return jax.checkpoint(product)(v)
+    return jax.vmap(product)(v[None])[0]
+
+
+PLACES = ["a jitted function", "a jitted function in another", "a branch", "a loop"]
+
+
+@pytest.mark.parametrize("place", [*PLACES, "jax.checkpoint", "vmap"])
+def test_an_array_may_change_wherever_it_is_closed_over(place):
+    held = [draw(3, 4, 4)]
+    rec = jaxbptt.record(
+        lambda w, c, x: (jnp.tanh(times(held[0], w * c, place) + x),) * 2, window=2
+    )
+    tape, xs = rec.init(0.7, jnp.ones(4), jnp.zeros(4)), draw(5, 2, 4)
+    tape, _ = rec(0.7, tape, xs[0])
+    first, held[0] = held[0], draw(6, 4, 4)
+    tape, _ = rec(0.7, tape, xs[1])
+
+    def both(w):
+        c = jnp.tanh(first @ (w * jnp.ones(4)) + xs[0])
+        return jnp.sum(jnp.tanh(held[0] @ (w * c) + xs[1]))
+
+    got = rec.pullback(0.7, tape, jnp.ones((1, 4))).params
+    np.testing.assert_allclose(got, jax.grad(both)(0.7), rtol=1e-12)
+
+
+@pytest.mark.parametrize("place", [*PLACES, "jax.checkpoint", "vmap"])
+def test_an_array_that_becomes_a_tracer_wherever_it_is_closed_over(place):
+    def recorder(array):
+        def step(w, c, x):
+            c = jnp.tanh(times(array, w * c, place) + array[0] + x)
+            return c, c
+
+        return jaxbptt.record(step, window=2)
+
+    array, zero = draw(3, 4, 4), jnp.zeros(4)
+    tape, _ = recorder(array)(0.7, recorder(array).init(0.7, jnp.ones(4), zero), zero)
+
+    @jax.jit
+    def last(array):
+        return jnp.sum(recorder(array)(0.7, tape, zero)[1])
+
+    def both(array):
+        c = jnp.tanh(array @ (0.7 * jnp.ones(4)) + array[0])
+        return jnp.sum(jnp.tanh(array @ (0.7 * c) + array[0]))
+
+    np.testing.assert_allclose(jax.grad(last)(array), jax.grad(both)(array), rtol=1e-12)
+
+
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_an_array_in_a_rule_is_part_of_the_step_where_each_step_has_its_own(weights):
+    def recorder(array):
+        @jax.custom_vjp
+        def product(v):
+            return array @ v
+
+        product.defvjp(lambda v: (array @ v, None), lambda _, ct: (array.T @ ct,))
+        step = lambda w, c, x: (jnp.tanh(product(w * c) + x),) * 2  # noqa: E731
+        return jaxbptt.record(step, window=2, weights=weights)
+
+    one, two, zero = recorder(draw(3, 4, 4)), recorder(draw(6, 4, 4)), jnp.zeros(4)
+    tape, _ = one(0.7, one.init(0.7, jnp.ones(4), zero), zero)
+    jax.jit(one)(0.7, tape, zero)
+    if weights == "stored":
+        with pytest.raises(ValueError, match=OTHER):
+            two(0.7, tape, zero)
+    else:
+        two(0.7, tape, zero)
 
 
 def test_arrays_that_the_step_closes_over_may_change():
