@@ -89,7 +89,7 @@ class Outcome(NamedTuple):
 
     step: PyTree  # (carry, y, aux)
     recorded: list  # the residuals for the ring
-    invariant: list  # those that depend on parameters alone
+    invariant: list  # those that depend on parameters and constants alone
 
 
 @functools.partial(
@@ -131,7 +131,7 @@ class Closure:
         return Outcome(step, [outs[i] for i in recorded], [outs[i] for i in invariant])
 
     def invariant(self, params: list) -> list:
-        """The residuals that depend on parameters alone."""
+        """The residuals that depend on parameters and constants alone."""
         return self.derive(*self.closed_over, *params)
 
     @property

@@ -239,6 +239,7 @@ def _recorded_run(
     struct = jax.eval_shape(step, args.params, args.carry, _row(args.xs, 0))
     ct_carry, ct_y = _random_cotangents(struct)
     recorder = record(step, window=window, weights=weights)
+    followed: list[bool] = []  # known as soon as the run is traced
 
     @jax.jit
     def run(params: PyTree, carry: PyTree, xs: PyTree) -> Any:
@@ -252,7 +253,9 @@ def _recorded_run(
         terms = gradient_by_lag(recorder, params, tape, ct_ys, ct_carry, full=True)
         ct = recorder.pullback(params, tape, ct_ys, ct_carry)
         ct_xs = jax.tree.map(lambda leaf: leaf[::-1], ct.xs)  # from oldest first to lag 0 first
-        by_lag = differentiable_leaves((terms.params, terms.carry, ct_xs))
+        found = terms.params, terms.carry, ct_xs
+        followed[:] = map(is_differentiable, jax.tree.leaves(found))
+        by_lag = differentiable_leaves(found)
         return by_lag, differentiable_leaves(ct.params), outputs
 
     by_lag, total, (carries, ys) = run(args.params, args.carry, args.xs)
@@ -266,6 +269,7 @@ def _recorded_run(
         n,
         differentiable_leaves(_row((carries, ys), args.length - 1)),
         [np.asarray(v).astype(np.complex128) for v in differentiable_leaves((ct_carry, ct_y))],
+        followed,
         [leaf[:n] for leaf in by_lag],
         total,
     )

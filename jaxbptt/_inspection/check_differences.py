@@ -30,7 +30,8 @@ class Recorded(NamedTuple):
     length: int  # n
     outputs: list  # differentiable leaves of the newest carry and y
     ct_outputs: list[np.ndarray]  # their cotangents, complex128
-    by_lag: list  # gradients of differentiable leaves of params, carry, x: (n, ...), lag 0 first
+    followed: list[bool]  # which leaves of params, carry and x have a gradient
+    by_lag: list  # these gradients: (n, ...), lag 0 first
     total: list  # gradients of differentiable leaves of params, of the whole window
 
 
@@ -97,10 +98,11 @@ class _Measured(NamedTuple):
 
 
 def _measure(recorded: Recorded, reference: "_Reference") -> dict[str, list[_Measured]]:
-    """By the path of each differentiable leaf, its gradient at lags 0 to n-1 in both ways."""
+    """By the path of each leaf with a gradient, that gradient at lags 0 to n-1 in both ways."""
     trees = {"params": recorded.params, "carry": recorded.carry, "x": recorded.xs}
     leaves = [leaf for name, tree in trees.items() for leaf in named_leaves(tree, name)]
-    numbers = [i for i, (_, leaf) in enumerate(leaves) if is_differentiable(leaf)]
+    # Of a part of the carry that nothing drives a recorder may have no gradient.
+    numbers = [i for i, followed in enumerate(recorded.followed) if followed]
     # One generator for all leaves, so that no two have the same signs.
     rng, measured = np.random.default_rng(1), {}
     for i, gradients in zip(numbers, recorded.by_lag, strict=True):

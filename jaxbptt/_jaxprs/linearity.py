@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._compat import scan_counts
-from jaxbptt._jaxprs.primitives import BILINEAR, CALLS, IN_ALL, JOINT, LINEAR
+from jaxbptt._jaxprs.primitives import BILINEAR, CALLS, CALLS_WITH_RULES, IN_ALL, JOINT, LINEAR
 
 # Inside of these too: they are only read here, and not rewritten.
-_CALLS = CALLS | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+_CALLS = CALLS | CALLS_WITH_RULES
 
 # What a value is: independent of the inputs in question, zero, or linear in them.
 FIXED, ZERO, MOVES = "fixed", "zero", "linear"

@@ -5,6 +5,8 @@
 # Primitives that only call a jaxpr, one to one in inputs and outputs. The calls
 # that carry a derivative rule of their own are left whole, or they would lose it.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
+# Those that carry one.
+CALLS_WITH_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 # Their derivative is zero everywhere.
 FLAT = frozenset("ceil floor round sign stop_gradient".split())
 # More than elementwise work.

@@ -13,7 +13,7 @@ from jaxbptt import _errors
 from jaxbptt._arrays import as_strong_arrays, size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.constants import changed_constants
-from jaxbptt._closure.fingerprint import program_hash
+from jaxbptt._closure.program_hash import program_hash
 from jaxbptt._closure.pullbacks import Mask
 from jaxbptt._jaxprs.named_axes import as_mapped, axes_in_sight, with_rule
 from jaxbptt._signatures import name_of

@@ -483,3 +483,16 @@ def test_a_rule_of_the_wrong_sign_is_found():
     assert places(report, "gradient") == {(p, lag) for p in ("params['u']", "x") for lag in (0, 1)}
     for f in report.findings:
         assert f.got == pytest.approx(-f.expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_a_large_part_that_nothing_drives_is_left_out(weights):
+    def step(params, carry, x):
+        sim = carry["sim"] + 0.1 * jnp.sin(carry["sim"]) * jnp.cos(carry["sim"])
+        h = jnp.tanh(params["w"] * carry["h"] + params["u"] * x + sim[:2])
+        return {"h": h, "sim": sim}, jnp.sum(h**2)
+
+    carry = {"h": CARRY["h"], "sim": jnp.linspace(0.0, 1.0, 20_000)}
+    report = check_step(step, PARAMS, carry, XS, window=3, weights=weights)
+    assert report.ok
+    assert not report.findings

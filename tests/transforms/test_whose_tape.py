@@ -340,6 +340,54 @@ def test_a_tape_brought_to_a_mesh_and_off_it_stays_its_own():
     assert jax.jit(REC)(PARAMS, here, ROWS[0])[0].length == 3
 
 
+def gated(p, c, x):
+    z = jax.nn.sigmoid(c @ p["w"] + x)
+    h = z * c + (1 - z) * jnp.tanh(x * p["b"])
+    return h, h
+
+
+def of_sizes(p, c, x):
+    h = jnp.tanh(jnp.abs(c @ p["w"] + x)) + jax.nn.relu(x)
+    return h, h
+
+
+def of_powers(p, c, x):
+    h = jnp.tanh((c @ p["w"] + x) ** 2 + jnp.abs(x) ** p["b"])
+    return h, h
+
+
+def in_a_loop(p, c, x):
+    h, _ = lax.scan(lambda h, _: (jnp.tanh(0.5 * h @ p["w"] + 1.0), None), c, None, length=2)
+    return h + x, h
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("step", [gated, of_sizes, of_powers, in_a_loop])
+@pytest.mark.parametrize("place", ["batch over devices", "shard_map", "set_mesh"])
+@pytest.mark.parametrize("weights", ["stored", "current"])
+def test_an_empty_tape_goes_to_a_mesh_under_jit(step, place, weights):
+    """A mesh moves equations, and merges others than there are without one."""
+    mesh = mesh_of(data=2)
+    params, c, x = {"w": jnp.eye(4), "b": jnp.ones((1, 4))}, jnp.zeros((8, 4)), draw(1, 8, 4)
+    rec = jaxbptt.record(step, window=3, weights=weights)
+    tape = rec.init(params, c, x)
+
+    def gradient(params, tape, x):
+        return jax.grad(lambda p: jnp.sum(rec(p, tape, x)[1]))(params)
+
+    want = gradient(params, tape, x)
+    if place == "shard_map":
+        run = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P(), P()), out_specs=P())
+        got = jax.jit(run)(params, tape, x)
+    elif place == "set_mesh":
+        with entered(mesh):
+            got = jax.jit(gradient)(params, tape, x)
+    else:
+        put = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, P("data")))
+        got = jax.jit(gradient)(params, tape.replace(carry=put(c)), put(x))
+    jax.tree.map(lambda v, w: np.testing.assert_allclose(v, w, rtol=1e-12, atol=1e-15), got, want)
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_a_replicated_tape_under_shard_map():
     mesh = mesh_of(data=2)
