@@ -55,6 +55,16 @@ def bind_params(eqn: core.JaxprEqn) -> tuple[Sequence, dict[str, Any]]:
     return params if isinstance(params, tuple) else ((), params)
 
 
+def with_constvars(jaxpr: core.Jaxpr, constvars: list, invars: list) -> core.Jaxpr:
+    """The same program with other of its inputs as constants."""
+    given: dict[str, Any] = {"constvars": constvars, "invars": invars}
+    if hasattr(jaxpr, "consts"):
+        # Since JAX 0.12 a jaxpr may hold its constants, and without any it has no constvars. Ours
+        # are kept beside it, so that something has to stand for them.
+        given["consts"] = [None] * len(constvars)
+    return jaxpr.replace(**given)
+
+
 def scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
     """How many consts and how many carries a scan's equation has."""
     # Since JAX 0.12 the equation doesn't say how many carries and xs it has. Outside

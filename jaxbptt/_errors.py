@@ -519,7 +519,7 @@ def bullets(rows: list[str]) -> str:
 def describe(value: Any) -> str:
     """What a value is, for a message: `got` so and so."""
     if is_reference(value):
-        return f"a mutable reference {leaf_type(value)}"
+        return f"a mutable reference {leaf_type(value.aval.inner_aval)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         noun = "a ShapeDtypeStruct" if isinstance(value, jax.ShapeDtypeStruct) else "an array"
         return f"{noun} {leaf_type(value)}"

@@ -13,6 +13,7 @@ from jax.extend import core
 
 from jaxbptt._arrays import struct_like, zeros
 from jaxbptt._closure.contraction import Contraction, divide_pullback
+from jaxbptt._compat import with_constvars
 from jaxbptt._jaxprs.evaluate import Atom, Program, acts, needed, prune, variables, without_calls
 from jaxbptt._jaxprs.linearity import is_linear
 from jaxbptt._jaxprs.primitives import HEAVY
@@ -118,7 +119,7 @@ class Linearization:
         n = len(consts)
         # What it reads of the constants may be tracers now that were others when it was traced.
         return Program(
-            jaxpr.replace(constvars=[*jaxpr.constvars, *jaxpr.invars[:n]], invars=jaxpr.invars[n:]),
+            with_constvars(jaxpr, [*jaxpr.constvars, *jaxpr.invars[:n]], jaxpr.invars[n:]),
             [*own, *consts],
         )
 
