@@ -214,15 +214,16 @@ def same_type(
 
 def not_an_array(path: str, leaf: Any, *, returned: bool) -> Exception:
     """The error for a leaf that JAX can't make an array of."""
-    inside = "or make the reference inside the step with jax.new_ref."
     if returned:
         remedy = "Leave out of it what is not an array."
-        remedy = "Return its value, ref[...]." if is_reference(leaf) else remedy
+        if is_reference(leaf):
+            remedy = "Return its value, ref[...]."
         return TypeError(
             f"step must return arrays or numbers, but {path} is {describe(leaf)}. {remedy}"
         )
     remedy = "Let the step close over what is not an array."
-    remedy = f"Pass its value, ref[...], {inside}" if is_reference(leaf) else remedy
+    if is_reference(leaf):
+        remedy = "Pass its value, ref[...], or make the reference inside the step with jax.new_ref."
     return ValueError(f"{path} must be an array or a number, but got {describe(leaf)}. {remedy}")
 
 

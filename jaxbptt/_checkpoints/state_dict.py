@@ -24,9 +24,10 @@ _FIELDS = {
 
 def _parts(tape: Tape) -> dict[str, PyTree]:
     """What a tape holds by name, its cotangents in flight among it where there is a pace."""
-    parts = {"carry": tape.carry} | {name: getattr(tape, field) for name, field in _FIELDS.items()}
-    if parts["put_in"] is None:  # only a tape that is replayed has it
-        del parts["put_in"]
+    fields = {name: getattr(tape, field) for name, field in _FIELDS.items()}
+    # Only a tape that is replayed has flags of carries that were put in.
+    held = {name: part for name, part in fields.items() if part is not None}
+    parts = {"carry": tape.carry} | held
     if (in_flight := in_flight_of(tape)) is not None:
         parts["in_flight"] = {"lam": in_flight.lam, "count": in_flight.count}
     return parts

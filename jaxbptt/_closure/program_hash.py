@@ -18,7 +18,7 @@ from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.constants import value_hash
 from jaxbptt._closure.fingerprint import LABELS, value_parts
 from jaxbptt._compat import scan_counts
-from jaxbptt._jaxprs.evaluate import has_references, needed, variables
+from jaxbptt._jaxprs.evaluate import has_references, needed, program_called, variables
 from jaxbptt._jaxprs.primitives import CALLS, CALLS_WITH_RULES, RETYPES
 from jaxbptt._types import is_reference
 
@@ -103,7 +103,8 @@ def _outputs(jaxpr: core.Jaxpr, inputs: Sequence[Key], consts: Sequence[Any]) ->
             # The result stands for its operand, as if the equation were not there.
             env[eqn.outvars[0]] = operands[0]
             continue
-        if (called := _called(eqn)) is not None:
+        called = program_called(eqn) if eqn.primitive.name in CALLS | CALLS_WITH_RULES else None
+        if called is not None:
             # A call makes what its program makes of the operands.
             outs = _outputs(called.jaxpr, operands, called.consts)
             env.update(zip(eqn.outvars, outs, strict=False))
@@ -115,16 +116,6 @@ def _outputs(jaxpr: core.Jaxpr, inputs: Sequence[Key], consts: Sequence[Any]) ->
         if any(map(is_reference, eqn.invars)):
             uses.append(key)
     return [*map(key_of, jaxpr.outvars), *uses]
-
-
-def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """The program that an equation only calls, forwards, if it does."""
-    if eqn.primitive.name not in CALLS | CALLS_WITH_RULES:
-        return None
-    names = (name for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
-    inner = eqn.params[next(names)]
-    inner = core.ClosedJaxpr(inner, ()) if isinstance(inner, core.Jaxpr) else inner
-    return inner if len(inner.jaxpr.invars) == len(eqn.invars) else None
 
 
 def _parts(eqn: core.JaxprEqn, operands: list[Key]) -> Iterator[str | bytes]:

@@ -298,6 +298,19 @@ def merge(values: Sequence, marks: Sequence) -> list:
     return [m if isinstance(m, Marker) else next(rest) for m in marks]
 
 
+def program_called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """The program that a call runs on its operands one to one, with a rule of its own or without.
+
+    Primitives of later versions may keep it under another name: then None.
+    """
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    inner: Any = next((eqn.params[name] for name in names if name in eqn.params), None)
+    if isinstance(inner, core.Jaxpr) and not isinstance(inner, core.ClosedJaxpr):
+        inner = core.ClosedJaxpr(inner, ())
+    one_to_one = inner is not None and len(inner.jaxpr.invars) == len(eqn.invars)
+    return inner if one_to_one else None
+
+
 def _called(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence]:
     inner: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return (inner.jaxpr, inner.consts) if isinstance(inner, core.ClosedJaxpr) else (inner, ())

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxbptt._compat import scan_counts
+from jaxbptt._jaxprs.evaluate import program_called
 from jaxbptt._jaxprs.primitives import BILINEAR, CALLS, CALLS_WITH_RULES, IN_ALL, JOINT, LINEAR
 
 # Inside of these too: they are only read here, and not rewritten.
@@ -152,11 +153,7 @@ def _scan(eqn: core.JaxprEqn, kinds: _Kinds) -> _Kinds:
 
 def _inner(eqn: core.JaxprEqn, kinds: _Kinds) -> tuple[core.Jaxpr, _Kinds]:
     """The jaxpr that a call runs, and the kinds of its inputs."""
-    inner: Any = next(
-        (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None
-    )
-    inner = getattr(inner, "jaxpr", inner)
-    # Primitives of later versions may keep their program under another name.
-    if inner is None or len(inner.invars) != len(kinds):
+    inner = program_called(eqn)
+    if inner is None:
         raise _NotLinearError
-    return inner, kinds
+    return inner.jaxpr, kinds

@@ -17,7 +17,7 @@ from jax.extend import core
 from jaxbptt._arrays import at_most, size_in_bytes
 from jaxbptt._compat import varying as varying_axes
 from jaxbptt._jaxprs.primitives import HEAVY
-from jaxbptt._types import explicit, is_part_of_sum
+from jaxbptt._types import explicit, is_part_of_sum, is_reference
 
 _LENGTH = 200  # equations of a piece, about
 _SHORT = 300  # equations in a row, without a product among them, that stay in one piece
@@ -63,7 +63,7 @@ def in_pieces(eqns: Sequence[core.JaxprEqn], varying: Iterable) -> list[Piece]:
     for start, end in reversed([*itertools.pairwise(ends)]):
         piece = eqns[start:end]
         made = [v for eqn in piece for v in eqn.outvars if v in read and v in moving]
-        pieces.append(Piece(piece, [v for v in made if _holdable(v.aval)]))
+        pieces.append(Piece(piece, [v for v in made if _holdable(v)]))
         read.update(v for eqn in piece for v in _variables(eqn.invars))
     return pieces[::-1]
 
@@ -104,10 +104,11 @@ def _(axis_size: int, batched: list[bool], value: jax.Array) -> tuple[jax.Array,
     return (_true(value[0]) if axis_size else jnp.array(True)), False
 
 
-def _holdable(aval: Any) -> bool:
+def _holdable(variable: Any) -> bool:
+    aval = variable.aval
     dtype: Any = getattr(aval, "dtype", None)
     # A reference and a token are no arrays, and of a key there is no other value to make.
-    array = dtype is not None and not hasattr(aval, "inner_aval")
+    array = dtype is not None and not is_reference(variable)
     plain = array and any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, bool))
     if not plain or aval.size == 0 or varying_axes(aval) or explicit(aval) or is_part_of_sum(aval):
         return False

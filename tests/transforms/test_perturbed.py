@@ -217,20 +217,3 @@ def test_a_number_that_moves_by_itself_still_has_its_cotangent():
         tape, _ = rec(W, tape, None)
     ct = rec.pullback(W, tape, jnp.ones(1))
     np.testing.assert_allclose(ct.carry, [W**2 * 0.25, W**2 * 0.25], rtol=1e-12)
-
-
-def test_a_step_may_close_over_other_frozen_weights_at_its_next_call():
-    held = [draw(3, 4, 4)]
-    rec = jaxbptt.record(lambda w, c, x: (jnp.tanh(held[0] @ (w * c) + x),) * 2, window=2)
-    tape, xs = rec.init(0.7, jnp.zeros(4), jnp.zeros(4)), draw(5, 2, 4)
-    tape, _ = rec(0.7, tape, xs[0])
-    first = held[0]
-    held[0] = draw(6, 4, 4)
-    tape, _ = rec(0.7, tape, xs[1])
-
-    def both(w):
-        c = jnp.tanh(first @ (w * jnp.zeros(4)) + xs[0])
-        return jnp.sum(jnp.tanh(held[0] @ (w * c) + xs[1]))
-
-    got = rec.pullback(0.7, tape, jnp.ones((1, 4))).params
-    np.testing.assert_allclose(got, jax.grad(both)(0.7), rtol=1e-12)

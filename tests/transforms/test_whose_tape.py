@@ -240,6 +240,8 @@ def times(array, v, place):
     def product(v):
         return array @ v
 
+    if place == "the step":
+        return product(v)
     if place == "a jitted function":
         return jax.jit(product)(v)
     if place == "a jitted function in another":
@@ -253,7 +255,7 @@ def times(array, v, place):
     return jax.vmap(product)(v[None])[0]
 
 
-PLACES = ["a jitted function", "a jitted function in another", "a branch", "a loop"]
+PLACES = ["the step", "a jitted function", "a jitted function in another", "a branch", "a loop"]
 
 
 @pytest.mark.parametrize("place", [*PLACES, "jax.checkpoint", "vmap"])
