@@ -1,6 +1,8 @@
-"""Arrays of a type: made canonical, made up from it, or zero."""
+"""Arrays of a type: made canonical, made up from it, or zero; several of them in one."""
 
-from collections.abc import Iterable
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._compat import Inconclusive, as_varying
-from jaxbptt._types import PyTree, TreeType, is_part_of_sum, is_reference, leaf_type
+from jaxbptt._types import LeafType, PyTree, TreeType, is_part_of_sum, is_reference, leaf_type
 
 
 def as_strong_arrays(
@@ -161,3 +163,68 @@ def widened(value: Any) -> Any:
     """The value in the type to add up in: float32 for the half precisions."""
     narrow = hasattr(value, "dtype") and is_half_precision(value.dtype)
     return lax.convert_element_type(value, jnp.float32) if narrow else value
+
+
+_SMALL = 1024  # bytes of an array at most that lies in one with others
+_TOGETHER = 8  # so many lie together: what writes more of them at once takes long to compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where each of a list of arrays lies: by itself, or with others of its type in one array.
+
+    To hand an array to a compiled function and take it back costs a microsecond or two of Python,
+    which is more than a small step may take. Where there are more than eight small arrays of a
+    type, eight of them lie in one array, along a new axis.
+
+    Attributes:
+        places: for each array the number of the one that it lies in, and its row there, None where
+            it lies by itself.
+    """
+
+    places: tuple[tuple[int, int | None], ...]
+
+    @classmethod
+    def of(cls, kinds: Sequence[LeafType], *, apart: bool = False) -> "Packing":
+        """The packing of arrays of these types; each by itself where that is asked for."""
+        alike = [None if apart else _small_type(kind) for kind in kinds]
+        count = collections.Counter(kind for kind in alike if kind is not None)
+        places: list[tuple[int, int | None]] = []
+        last: dict[tuple, tuple[int, int]] = {}  # of each type, where its last array lies
+        arrays = 0
+        for kind in alike:
+            at, row = last.get(kind, (0, _TOGETHER - 1)) if kind else (0, 0)
+            if kind is None or count[kind] <= _TOGETHER:
+                places.append((arrays, None))
+                arrays += 1
+                continue
+            begins = row == _TOGETHER - 1
+            last[kind] = at, row = (arrays, 0) if begins else (at, row + 1)
+            places.append((at, row))
+            arrays += begins
+        return cls(tuple(places))
+
+    def types(self, kinds: Sequence[LeafType]) -> list[LeafType]:
+        """The types of the arrays that they lie in."""
+        return [
+            of[0] if row is None else of[0].stacked(len(of)) for row, of in self._grouped(kinds)
+        ]
+
+    def pack(self, values: Sequence[jax.Array]) -> list[jax.Array]:
+        """The arrays that hold these."""
+        return [of[0] if row is None else jnp.stack(of) for row, of in self._grouped(values)]
+
+    def _grouped(self, items: Sequence) -> list[tuple[int | None, list]]:
+        """For each array that there is, a row that says whether it is packed, and what it holds."""
+        groups: dict[int, tuple[int | None, list]] = {}
+        for (at, row), item in zip(self.places, items, strict=True):
+            groups.setdefault(at, (row, []))[1].append(item)
+        return list(groups.values())
+
+
+def _small_type(kind: LeafType) -> tuple | None:
+    """What arrays that lie together have in common; None for one that lies by itself."""
+    # Where an array lies over a mesh is part of its type here, as it is not in a comparison.
+    small = jnp.issubdtype(kind.dtype, np.number) and at_most(size_in_bytes([kind]), _SMALL)
+    mesh = str(kind.sharding), str(kind.memory), kind.varying
+    return (kind, *mesh) if small else None

@@ -184,6 +184,15 @@ class Closure:
         )
 
     @property
+    def y_in_carry(self) -> list[int | None]:
+        """For each leaf of ȳ the leaf of λ that it can be added to, None where there is none.
+
+        A recurrent cell mostly returns its new state, or a part of it, as its output too.
+        """
+        linear, n = self.layout.linearization, len(self.kinds.carry)
+        return [linear.same_as(i, n) for i in range(n, len(linear.outputs))]
+
+    @property
     def indifferent_to_y(self) -> bool:
         """Whether leaving ȳ out saves a pullback nothing but additions, and changes nothing."""
         linear, n = self.layout.linearization, len(self.kinds.carry)

@@ -52,6 +52,11 @@ class Pullback:
         """How many residuals it takes."""
         return self.recorded + self.invariant
 
+    @property
+    def residuals_by_variable(self) -> dict[Any, int]:
+        """The number of each recorded residual by its variable in the program."""
+        return {v: i for i, v in enumerate(self.program.jaxpr.invars[: self.recorded])}
+
     def divide(
         self, summed: list[Atom], at_lag: list[Atom], *, effects: bool = True, fewest: int = 0
     ) -> Contraction:
@@ -100,6 +105,13 @@ class Linearization:
     residuals: int
     outputs: list[Any]
     _pulls: dict[Mask, Program] = dataclasses.field(default_factory=dict)
+
+    def same_as(self, i: int, others: int) -> int | None:
+        """Which of the first outputs an output is the same variable as, None for none."""
+        outs = self.jaxpr.outvars
+        # Of a pullback as a whole the inputs are cotangents, and nothing is known of what they are.
+        found = [] if self.is_pullback else [j for j in range(others) if outs[j] is outs[i]]
+        return found[0] if found else None
 
     def heavy(self, alive: Mask) -> int:
         """How much more than elementwise work leads to the outputs that are alive."""

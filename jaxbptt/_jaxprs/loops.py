@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxbptt._arrays import at_most, filled, size_in_bytes
@@ -21,6 +22,7 @@ from jaxbptt._types import leaf_type
 _NUMBERS = range(29, 128)  # seldom the step's own constants, and any integer dtype has them
 SMALL = 1024  # bytes of a row at most that is stacked, and read, by `lax.scan` itself
 _SHARE = 0.15  # what a block keeps takes at most this share of what `jax.vjp` would hold
+_FEW = 1024  # trips of a loop whose numbers are a constant of its program
 _FEWEST = 8  # steps in a block: fewer save little memory, and each block adds all weights up once
 
 
@@ -35,6 +37,7 @@ def scan_stacking(
     reverse: bool = False,
     unroll: int = 1,
     plain: int = -1,
+    place: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, list]:
     """`lax.scan` of a trip whose outputs are a list of these types.
 
@@ -49,6 +52,8 @@ def scan_stacking(
         reverse: whether to start from the last row.
         unroll: how many trips one of the compiled loop has.
         plain: bytes of a row at most for which the stacks are those of `lax.scan`.
+        place: from the number of a row to where in the stacks that trip's outputs are written, if
+            that is elsewhere; each place is some row's.
     """
     kinds = [leaf_type(kind) for kind in kinds]
     counted = isinstance(length, int) and length  # lax.scan takes no symbolic length
@@ -58,9 +63,10 @@ def scan_stacking(
     # The stacks travel in the state, for what lax.scan stacks itself it begins with zeros. The
     # place is a row of its own, so that a reversed loop writes where lax.scan would.
     def one(state: Any, row: Any) -> tuple[Any, None]:
-        (state, stacks), (place, row) = state, row
+        (state, stacks), ((number,), row) = state, row
         state, outs = trip(state, row)
-        return (state, [put(*pair, place) for pair in zip(stacks, outs, strict=True)]), None
+        there = place(number) if place else number
+        return (state, [put(*pair, there) for pair in zip(stacks, outs, strict=True)]), None
 
     stacks = [
         filled(kind.stacked(length), _NUMBERS[i % len(_NUMBERS)])
@@ -68,9 +74,20 @@ def scan_stacking(
     ]
     if not length:
         return state, stacks
-    places = jnp.arange(length, dtype=jnp.int32)
-    done, _ = lax_scan(one, (state, stacks), (places, rows), reverse=reverse, unroll=unroll)
+    given = counting(length), rows
+    done, _ = lax_scan(one, (state, stacks), given, reverse=reverse, unroll=unroll)
     return done
+
+
+def counting(length: Any, start: int = 0) -> Any:
+    """The numbers of a loop's trips, (length, 1), to go through as rows of one number each.
+
+    XLA knows what is in a constant inside of the loop too, and has nothing to make before it; but
+    of a constant of a single axis that counts it makes an iota, once before each loop.
+    """
+    few = isinstance(length, int) and length <= _FEW
+    numbers = (np if few else jnp).arange(start, start + length, dtype=np.int32)
+    return numbers[:, None]
 
 
 def put(stack: Any, value: Any, place: Any) -> Any:

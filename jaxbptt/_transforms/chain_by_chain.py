@@ -20,6 +20,7 @@ from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.loops import rows
 from jaxbptt._transforms.groups import Groups
 from jaxbptt._transforms.scan_forward import Checkpoints
+from jaxbptt._transforms.tape import RecordedSteps
 from jaxbptt._transforms.window_vjp import (
     Arriving,
     Wanted,
@@ -153,7 +154,9 @@ class SeparateChains:
             return rows(stacks, (newest + lag if self.reverse else newest - lag) - first)
 
         # From here on it is the same as for a recorded loop: a window that ends at this step.
-        window = Window(read, self.invariant, steps, jnp.minimum(end, steps), tuple(parts))
+        window = Window(
+            RecordedSteps(read), self.invariant, steps, jnp.minimum(end, steps), tuple(parts)
+        )
         ct_ys = [_rows_up_to(v, newest, count, self.reverse) for v in self.ct_ys]
         arriving = Arriving(ct_carry, ct_ys, count, self.asked)
         ct = window_sums(self.closure, window, arriving, Wanted(closed_over=True, xs=True))

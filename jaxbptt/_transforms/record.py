@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays, size_in_bytes, zeros
+from jaxbptt._arrays import Packing, as_strong_arrays, size_in_bytes, zeros
 from jaxbptt._closure.closure import Closure, Sources, pick, trace
 from jaxbptt._closure.constants import changed_constants
 from jaxbptt._closure.program_hash import program_hash
@@ -468,7 +468,7 @@ def closure_for(recorder: Recorder, params: PyTree, tape: Tape, x: PyTree) -> tu
     if is_blank(tape):
         return closure, _blank_tape(recorder, closure, params, tape.carry, x)
     if slot != came and of_this_step and len(slot) == len(came):
-        _errors.same_leaves_as_made(*map(_by_name, (slot, came)))
+        _errors.same_leaves_as_made(*(_by_name(each, made.packing) for each in (slot, came)))
     if slot != came:
         raise _errors.other_residuals(slot, came)
     raise _errors.other_step()
@@ -481,13 +481,18 @@ def _hash_of(recorder: Recorder, closure: Closure) -> str:
     return program_hash(closure, residuals=weights != "replayed", arrays=weights == "stored")
 
 
-def _by_name(slot: Sequence[LeafType]) -> dict[str, LeafType]:
-    return {f"_ring[{i}], a slot of it": kind for i, kind in enumerate(slot)}
+def _by_name(slot: Sequence[LeafType], packing: Packing) -> dict[str, LeafType]:
+    names = [
+        f"_ring[{i}], a slot of it" + ("" if row is None else f", row {row}")
+        for i, row in packing.places
+    ]
+    return dict(zip(names, slot, strict=True))
 
 
 def _blank_tape(
     recorder: Recorder, closure: Closure, params: PyTree, carry: PyTree, x: PyTree
 ) -> Tape:
+    slot = slot_types(recorder, closure, carry, x)
     settings = Settings(
         closure.layout.window,
         recorder.windows,
@@ -497,8 +502,10 @@ def _blank_tape(
         *(type_of(params), type_of(carry), type_of(x)),
         _hash_of(recorder, closure),
         closure.sources,
+        # With a pace a ring has rows and columns of slots, and is read by the row.
+        Packing.of(slot, apart=recorder.pace is not None),
     )
-    slot, slots = slot_types(recorder, closure, carry, x), math.prod(settings.slots)
+    slots = math.prod(settings.slots)
     # With symbolic dimensions nobody knows how large it will be.
     nbytes = slots * size_in_bytes(slot)
     if recorder.weights == "stored" and isinstance(nbytes, int) and nbytes > _LARGE:
@@ -661,12 +668,14 @@ def _pull_group(saved: _Saved, reach: Reach | None, ct_carry: list, ct_y: list) 
         # Of the newest step alone x̄ costs less, but a side effect would happen twice there.
         acts = closure.pullback(y=asked).acts
         wanted = Wanted(pick(closure.layout.followed.closed_over, saved.asked), xs=acts)
-        ct = pull_window(closure, window, Arriving(ct_carry, ys, rows, asked), wanted)
+        arriving = Arriving(ct_carry, ys, rows, asked).with_y_in_carry(closure)
+        ct = pull_window(closure, window, arriving, wanted)
         if acts:
             x = [v[0] for v in ct.xs]
         else:
             newest = [*window.read(0), *window.invariant]
-            x = pull_newest_x(closure, newest, ct_carry, of_y, asked)
+            newest_y = [v[-1] for v in arriving.ys]
+            x = pull_newest_x(closure, newest, arriving.carry, newest_y, arriving.asked)
         # Closed-over arrays and parameters are contracted together, as weights.
         n = len(kinds.closed_over)
         return _GroupCotangents(ct.weights[:n], ct.weights[n:], x)

@@ -16,8 +16,9 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from jaxbptt import _errors
-from jaxbptt._arrays import as_strong_arrays, size_in_bytes, structs_of, zeros
+from jaxbptt._arrays import Packing, as_strong_arrays, size_in_bytes, structs_of, zeros
 from jaxbptt._closure.closure import Sources
+from jaxbptt._jaxprs.loops import put, rows
 from jaxbptt._serialization import tell_flax
 from jaxbptt._types import LeafType, PyTree, TreeType, in_words, leaf_type, type_of
 from jaxbptt._windows import Windows
@@ -37,6 +38,7 @@ class Settings:
     x: TreeType
     step: str  # a hash of what the step computes
     sources: Sources  # what gradients flow to beside params
+    packing: Packing  # in which array of the ring each residual lies
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -84,9 +86,12 @@ class Tape:
 
     carry: PyTree
     length: jax.Array
-    _ring: list[jax.Array]  # each (*slots, *residual.shape), written at slots 0, 1, ... in turn
+    # Each (*slots, *residual.shape), or (*slots, n, *residual.shape) where n small ones lie in one;
+    # written at slots 0, 1, ... in turn.
+    _ring: list[jax.Array]
     _head: jax.Array  # int32, the slot of the newest step
-    _phase: jax.Array  # int32, steps in the current group of `every`, the newest included
+    # int32, steps in the current group of `every`, the newest included; None where that is one.
+    _phase: jax.Array | None
     _in_flight: InFlight | None
     # With "replayed", for each slot whether the carry that its step was given had been put in by
     # `replace`: a window that is run again goes on from there.
@@ -163,14 +168,16 @@ def blank(
         lam: the types of λ, of which there is one for each chain where there is a pace.
         settings: what the tape is for.
     """
-    ring = [zeros(_laid_out(leaf, settings.slots)) for leaf in slot]
+    kinds = settings.packing.types(slot)
+    ring = [zeros(_laid_out(kind, settings.slots)) for kind in kinds]
     in_flight = None
     if settings.pace is not None:
         # One λ for each column of the ring: a chain starts in the column of its step.
         chains = [zeros(leaf.stacked(settings.slots[1])) for leaf in lam]
         in_flight = InFlight(chains, jnp.zeros((), jnp.int32))
-    # Three arrays rather than one thrice: a buffer can be donated only once.
-    length, head, phase = (jnp.zeros((), jnp.int32) for _ in range(3))
+    # An array for each counter rather than one for all: a buffer can be donated only once.
+    length, head = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    phase = None if settings.every == 1 else jnp.zeros((), jnp.int32)
     put_in = jnp.zeros(settings.window, bool) if settings.weights == "replayed" else None
     return Tape(carry, length, ring, head, phase, in_flight, put_in, settings)
 
@@ -197,7 +204,7 @@ def cleared(tape: Tape) -> Tape:
         length=jnp.zeros_like(tape.length),
         _ring=[jnp.zeros_like(leaf) for leaf in tape._ring],
         _head=jnp.zeros_like(tape._head),
-        _phase=jnp.zeros_like(tape._phase),
+        _phase=jax.tree.map(jnp.zeros_like, tape._phase),
         _in_flight=jax.tree.map(jnp.zeros_like, tape._in_flight),
         _put_in=jax.tree.map(jnp.zeros_like, tape._put_in),
     )
@@ -209,10 +216,12 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
     # The first step is written to slot 1: counters that begin at zero wrap without a special case.
     # With a pace there are more slots than the window has steps.
     window, every, slots = settings.window, settings.every, settings.slots
-    head = (tape._head + 1) % math.prod(slots)
+    # No counter is ever negative: `lax.rem` needs no case for that, as `%` does.
+    head = lax.rem(tape._head + 1, jnp.int32(math.prod(slots)))
     place = (head,) if len(slots) == 1 else row_and_column(head, settings)
-    _same_sharding(tape._ring, residuals, slots)
-    ring = [_write(leaf, value, place) for leaf, value in zip(tape._ring, residuals, strict=True)]
+    values = settings.packing.pack(residuals)
+    _same_sharding(tape._ring, values, slots)
+    ring = [_write(leaf, value, place) for leaf, value in zip(tape._ring, values, strict=True)]
     in_flight, put_in = tape._in_flight, tape._put_in
     if put_in is not None:
         # What `replace` has said of this slot stays; of the next one nothing is said yet.
@@ -226,7 +235,7 @@ def push(tape: Tape, carry: PyTree, residuals: Sequence[jax.Array]) -> Tape:
         length=jnp.minimum(tape.length, window - 1) + 1,
         _ring=ring,
         _head=head,
-        _phase=tape._phase % every + 1,
+        _phase=None if tape._phase is None else lax.rem(tape._phase, jnp.int32(every)) + 1,
         _in_flight=in_flight,
         _put_in=put_in,
     )
@@ -241,7 +250,7 @@ def row_and_column(place: Any, settings: Settings) -> tuple[Any, Any]:
 def _write(leaf: jax.Array, value: jax.Array, place: Sequence[Any]) -> jax.Array:
     """A ring's leaf with one slot written over."""
     if len(place) == 1:
-        return lax.dynamic_update_index_in_dim(leaf, value, place[0], 0)
+        return put(leaf, value, place[0])
     starts = [*place, *(jnp.int32(0),) * value.ndim]
     return lax.dynamic_update_slice(leaf, value[None, None], starts)
 
@@ -266,21 +275,60 @@ def _spec(sharding: Any) -> str:
     return "no sharding" if sharding is None else f"sharding {sharding.spec}"
 
 
-def reader(tape: Tape) -> Callable[[Any], list[jax.Array]]:
-    """A function from lag (0 is the newest step) to that step's residuals.
+@dataclasses.dataclass(frozen=True)
+class RecordedSteps:
+    """The residuals of a window's steps, by the lag behind the newest step, which is lag 0.
 
-    Beyond what is recorded it gives the oldest step again, and an unwritten slot only where nothing
-    is recorded at all. What is made of such a step is masked afterwards (`live` in `window_vjp`);
-    but a mask can't undo a NaN in a derivative, which zeros in a slot may give.
+    Attributes:
+        read: from a lag to that step's residuals. Beyond what is recorded it gives some step again,
+            and an unwritten slot only where nothing is recorded at all. What is made of such a step
+            is masked afterwards (`live` in `window_vjp`); but a mask can't undo a NaN in a
+            derivative, which zeros in a slot may give.
+        slots: how many there are; 0 where the residuals are read one step at a time alone.
+        slot: from a lag to the slot of that step, and from a slot to the lag of what lies there.
+        all_slots: from the number of a residual to those of all steps as they lie, (slots, ...);
+            None where it can't be had without a copy.
     """
-    ring = tape._ring
-    window = ring[0].shape[0] if ring else 1
+
+    read: Callable[[Any], list[jax.Array]]
+    slots: int = 0
+    slot: Callable[[Any], Any] = lambda lag: lag
+    all_slots: Callable[[int], jax.Array | None] = lambda residual: None
+
+
+def recorded_steps(tape: Tape) -> RecordedSteps:
+    """The steps on a tape."""
+    settings = tape._settings
+
+    def slot_of(lag: Any) -> Any:
+        # A comparison and no remainder: XLA makes it anew wherever a slot is read, in passing, and
+        # needs no operation of its own for it.
+        slot = tape._head - lag
+        return jnp.where(slot < 0, slot + settings.window, slot)
 
     def read(lag: Any) -> list[jax.Array]:
-        slot = (tape._head - jnp.clip(lag, 0, jnp.maximum(tape.length - 1, 0))) % window
-        return _exactly([lax.dynamic_index_in_dim(leaf, slot, 0, keepdims=False) for leaf in ring])
+        slot = slot_of(jnp.where(lag < tape.length, lag, 0))
+        return _exactly([_at(tape._ring[i], slot, row) for i, row in settings.packing.places])
 
-    return read
+    def all_slots(residual: int) -> jax.Array | None:
+        place, row = settings.packing.places[residual]
+        leaf = jnp.asarray(tape._ring[place])
+        if row is not None or leaf_type(leaf).sharding is not None:
+            return None
+        return leaf
+
+    return RecordedSteps(read, settings.window, slot_of, all_slots)
+
+
+def _at(leaf: jax.Array, slot: Any, row: int | None) -> jax.Array:
+    """What lies in one slot of a ring's leaf, or in one row of that slot."""
+    if row is None:
+        return rows([leaf], slot)[0]
+    # In one slice: what reads another row of the slot would otherwise wait for a copy of it.
+    shape = leaf.shape[2:]
+    starts = [slot, *map(jnp.int32, (row, *(0,) * len(shape)))]
+    there = lax.dynamic_slice(leaf, starts, (1, 1, *shape), allow_negative_indices=False)
+    return there.reshape(shape)
 
 
 def put_in_at(tape: Tape) -> Callable[[Any], jax.Array]:
@@ -343,8 +391,9 @@ def check_counters(tape: Tape) -> None:
     # All that is compared here is known while tracing: under vmap too, where each tape is one of
     # many.
     for name in ("length", "_head", "_phase"):
-        expected[name] = counter
-        got[name] = _type_or_none(getattr(tape, name))
+        if name != "_phase" or tape._phase is not None:
+            expected[name] = counter
+            got[name] = _type_or_none(getattr(tape, name))
     if tape._in_flight is not None:
         expected["_in_flight.count"] = counter
         got["_in_flight.count"] = _type_or_none(tape._in_flight.count)
@@ -363,8 +412,11 @@ def _type_or_none(leaf: Any) -> LeafType | None:
 
 def layout(tape: Tape) -> tuple[LeafType, ...]:
     """The types of the residuals in one slot."""
-    n = len(tape._settings.slots)
-    return tuple(dataclasses.replace(leaf_type(leaf), shape=leaf.shape[n:]) for leaf in tape._ring)
+    n, ring = len(tape._settings.slots), list(map(leaf_type, tape._ring))
+    return tuple(
+        dataclasses.replace(ring[i], shape=ring[i].shape[n + (row is not None) :])
+        for i, row in tape._settings.packing.places
+    )
 
 
 def settings_of(tape: Tape) -> Settings:
@@ -374,7 +426,7 @@ def settings_of(tape: Tape) -> Settings:
 
 def phase_of(tape: Tape) -> jax.Array:
     """How many steps of the current group of `every` are recorded, the newest included."""
-    return tape._phase
+    return jnp.minimum(tape.length, 1) if tape._phase is None else tape._phase
 
 
 def keep_or_roll_back(keep: Any, tape: Tape, before: Tape) -> Tape:
@@ -387,14 +439,16 @@ def keep_or_roll_back(keep: Any, tape: Tape, before: Tape) -> Tape:
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(keep, new, old)
 
-    nothing = jnp.zeros((), jnp.int32)
+    def kept_or_zero(new: jax.Array) -> jax.Array:
+        return kept(new, jnp.zeros_like(new))
+
     return dataclasses.replace(
         tape,
         carry=jax.tree.map(kept, tape.carry, before.carry),
-        length=kept(tape.length, nothing),
-        _head=kept(tape._head, nothing),
-        _phase=kept(tape._phase, nothing),
-        _in_flight=jax.tree.map(lambda v: kept(v, jnp.zeros_like(v)), tape._in_flight),
+        length=kept_or_zero(tape.length),
+        _head=kept_or_zero(tape._head),
+        _phase=jax.tree.map(kept_or_zero, tape._phase),
+        _in_flight=jax.tree.map(kept_or_zero, tape._in_flight),
     )
 
 
@@ -444,10 +498,12 @@ def with_chains(tape: Tape, in_flight: InFlight) -> Tape:
 
 def with_group_ended(tape: Tape, ends: jax.Array) -> Tape:
     """The tape with its group ended at the newest step where `ends` holds."""
+    if tape._phase is None:
+        return tape  # each step is a group
     every = jnp.asarray(tape._settings.every, jnp.int32)
     return dataclasses.replace(tape, _phase=jnp.where(ends, every, tape._phase))
 
 
 def is_due(tape: Tape) -> jax.Array:
     """Whether the newest step ends a group of `every`."""
-    return tape._phase == tape._settings.every
+    return phase_of(tape) == tape._settings.every

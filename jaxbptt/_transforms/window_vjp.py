@@ -17,16 +17,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbptt import _errors
-from jaxbptt._arrays import where_or_zero, widened, zeros
+from jaxbptt._arrays import select_rows, where_or_zero, widened, zeros
 from jaxbptt._closure.closure import Closure, pick
 from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
 from jaxbptt._jaxprs.evaluate import ZERO, Value
-from jaxbptt._jaxprs.loops import put, scan_stacking
+from jaxbptt._jaxprs.loops import counting, put, scan_stacking
 from jaxbptt._jaxprs.loops import rows as rows_at
 from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
-from jaxbptt._transforms.tape import Tape, layout, put_in_at, reader, settings_of
+from jaxbptt._transforms.tape import (
+    RecordedSteps,
+    Tape,
+    layout,
+    put_in_at,
+    recorded_steps,
+    settings_of,
+)
 from jaxbptt._types import PyTree, leaf_type
 from jaxbptt._windows import Reach, reach_of_rows
 
@@ -36,7 +43,7 @@ class Window:
     """The recorded steps that a cotangent meets on its way back.
 
     Attributes:
-        read: from a lag to the residuals of that step; every lag below `steps` can be read.
+        recorded: the residuals of each step; every lag below `steps` can be read.
         invariant: the residuals that are the same in all steps.
         steps: how many lags there are at most (static).
         reach: lags from here on are not reached (may be traced).
@@ -47,7 +54,7 @@ class Window:
         foreign_axes: mesh axes over which the ring varies, and what the step leaves on it does not.
     """
 
-    read: Callable[[Any], list]
+    recorded: RecordedSteps
     invariant: list
     steps: int
     reach: Any
@@ -56,6 +63,10 @@ class Window:
     as_far: bool = False
     keep: float = 1.0
     foreign_axes: tuple[str, ...] = ()
+
+    def read(self, lag: Any) -> list:
+        """The residuals of one step."""
+        return self.recorded.read(lag)
 
     def followed(self, lag: Any, alive: Mask) -> list:
         """Of each leaf of λ whether it is followed at a lag, one of a segment's."""
@@ -95,6 +106,24 @@ class Arriving(NamedTuple):
     ys: list
     rows: int
     asked: Sequence[bool] | bool = True
+
+    def with_y_in_carry(self, closure: Closure) -> "Arriving":
+        """The same, with the newest ȳ in c̄ where y is the new carry, or a part of it.
+
+        The loop over the lags then has no ȳ to bring along.
+        """
+        places = closure.y_in_carry
+        asked = [self.asked] * len(places) if isinstance(self.asked, bool) else self.asked
+        if self.rows != 1:
+            return self
+        carry, ys, rest = list(self.carry), iter(self.ys), []
+        for is_asked, place in zip(asked, places, strict=True):
+            if is_asked and place is not None:
+                carry[place] = carry[place] + next(ys)[0]
+            elif is_asked:
+                rest.append(next(ys))
+        still = tuple(a and place is None for a, place in zip(asked, places, strict=True))
+        return Arriving(carry, rest, int(any(still)), still)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +251,7 @@ def _segments(
         newest_first = [padded(leaf, window.steps - rows) for leaf in newest_first]
     # Where the last ȳ has been taken in, and where a part of the carry has come to its end, another
     # pullback begins, which does less.
-    stops = sorted({window.steps, *window.parts} | (set() if together else {rows}))
+    stops = sorted({window.steps, *window.parts} | (set() if together or not rows else {rows}))
     stops = sorted({*stops, *(cut for cut in cuts if cut < window.steps)})
     segments = []
     for start, stop in zip([0, *stops], stops, strict=False):
@@ -248,7 +277,7 @@ def _terms(
 
     def trip(state: Any, row: Any) -> tuple[Any, TermsByLag]:
         lam, sums = state
-        lag, ct_y = row
+        (lag,), ct_y = row
         args = [*window.read(lag), *window.invariant, *pick(alive, lam), *ct_y]
         live = lag < window.reach
         outs = _at_lag(contraction, args, [*kinds.params, *kinds.carry], live).outs
@@ -262,12 +291,12 @@ def _terms(
         )
         return (lam, sums), found
 
-    lags = jnp.arange(segment.start, segment.stop, dtype=jnp.int32)
+    lags = counting(segment.stop - segment.start, segment.start)
     return lax_scan(trip, state, (lags, segment.ct_ys))
 
 
 def pull_newest_x(
-    closure: Closure, residuals: list, ct_carry: list, ct_y: list, asked: Mask
+    closure: Closure, residuals: list, ct_carry: list, ct_y: list, asked: Sequence[bool] | bool
 ) -> list:
     """x̄ of the newest step alone, from its recorded residuals and the invariant ones."""
     pullback = closure.pullback(y=asked)
@@ -288,10 +317,13 @@ def _sweep(
         [*or_zero(alive, outputs.carry), *(outputs.x if wanted.xs else [])],
     )
 
+    in_slots = _operands_in_slots(window, segment, contraction, wanted)
+    stacked = [v for v, there in zip(contraction.operands, in_slots, strict=True) if there is None]
+
     # The state is λ as it enters the lag, and the sums of what is not contracted.
     def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
-        lag, ct_y = row
+        (lag,), ct_y = row
         live, followed = (lag < window.reach) & (lag < segment.stop), window.followed(lag, alive)
         # A leaf that is cut in the midst of a segment stays what it was, and sends nothing on.
         sent = _each(where_or_zero, followed, lam) if window.cut else lam
@@ -304,21 +336,44 @@ def _sweep(
         older = _scaled(older, window.keep, jnp.int32(-1)) if window.keep != 1 else older
         lam = _each(jnp.where, [live & f for f in followed], older, lam)
         # An operand of a lag that is not reached adds nothing to the product.
-        kept = [where_or_zero(live, v) for v in (*xs, *made.operands)]
+        operands = [v for v, there in zip(made.operands, in_slots, strict=True) if there is None]
+        kept = [where_or_zero(live, v) for v in (*xs, *operands)]
         return (lam, contraction.add(sums, made.summands, live)), kept
 
     state = lam, contraction.zero_sums()
-    kept_kinds = [*x_kinds, *(v.aval for v in contraction.operands)]
+    kept_kinds = [*x_kinds, *(v.aval for v in stacked)]
     if window.as_far:
         return _blocks_as_far_as_the_reach(contraction, window, segment, trip, state, x_kinds)
-    lags = jnp.arange(segment.start, segment.stop, dtype=jnp.int32)
-    (lam, sums), kept = scan_stacking(
-        trip, state, (lags, segment.ct_ys), kept_kinds, len(lags), first=0
-    )
+    length = segment.stop - segment.start
+    rows = counting(length, segment.start), segment.ct_ys
+    place = window.recorded.slot if len(stacked) < len(in_slots) else None
+    (lam, sums), kept = scan_stacking(trip, state, rows, kept_kinds, length, first=0, place=place)
     # The loop is over: what it stacked is contracted, for all its lags at once.
-    xs, operands = kept[: len(x_kinds)], kept[len(x_kinds) :]
+    xs, made = kept[: len(x_kinds)], iter(kept[len(x_kinds) :])
+    operands = [next(made) if there is None else there for there in in_slots]
     weights = contraction.finish(window.invariant, contraction.contract(operands), sums)
     return WindowCotangents(weights, lam, xs)
+
+
+def _operands_in_slots(
+    window: Window, segment: _Segment, contraction: Contraction, wanted: Wanted
+) -> list[jax.Array | None]:
+    """Of each operand what the slots hold of it, zeros where a lag is not reached, or None.
+
+    An operand that is a residual need not be stacked anew. The loop then stacks the others in the
+    order of the slots too, which it can where it comes to each slot and x̄ is not wanted by lag.
+    """
+    recorded, residuals = window.recorded, segment.pullback.residuals_by_variable
+    whole = segment.start == 0 and segment.stop == recorded.slots
+    if not whole or window.as_far or wanted.xs:
+        return [None] * len(contraction.operands)
+    live = recorded.slot(jnp.arange(recorded.slots, dtype=jnp.int32)) < window.reach
+
+    def of(operand: Any) -> jax.Array | None:
+        there = recorded.all_slots(residuals[operand]) if operand in residuals else None
+        return None if there is None else select_rows(live, there)
+
+    return list(map(of, contraction.operands))
 
 
 _BLOCK = 16  # lags between two looks at the reach: fewer would contract the weights more often
@@ -350,7 +405,7 @@ def _blocks_as_far_as_the_reach(
         # The state of the loop: the first lag of the next block, λ with what is summed lag by lag,
         # the products contracted so far, and x̄ of all lags.
         begin, state, contracted, xs = carried
-        lags = segment.start + begin + jnp.arange(block, dtype=jnp.int32)
+        lags = begin + counting(block, segment.start)
         these = [lax.dynamic_slice_in_dim(leaf, begin, block) for leaf in ct_ys]
         state, kept = scan_stacking(trip, state, (lags, these), kinds, block, first=96)
         made = contraction.contract(kept[n:])
@@ -474,15 +529,19 @@ def tape_window(
             limit = jnp.minimum(reach.lags, last + beyond)
     as_far = limit is not None
     steps, *parts = (reach_of_rows(w, rows, settings.every) for w in windows)
-    read, foreign = reader(tape), frozenset[str]()
+    steps_read, foreign = recorded_steps(tape), frozenset[str]()
     if settings.weights == "replayed":
-        read = replayed(closure, params, read, held, recorded, put_in_at(tape), as_far=as_far)
+        steps_read = replayed(
+            closure, params, steps_read.read, held, recorded, put_in_at(tape), as_far=as_far
+        )
     else:
         pairs = zip(layout(tape), closure.slot, strict=True)
         foreign = frozenset().union(*(there.varying - left.varying for there, left in pairs))
     # Lags from `farthest` on are walked and masked: early in a run fewer steps are recorded than
     # the window has, at the end of a short group fewer are reached.
-    farthest, cut = jnp.minimum(tape.length, steps), list[Any]()
+    farthest, cut = tape.length, list[Any]()
+    if steps < settings.window:
+        farthest = jnp.minimum(farthest, steps)
     if limit is not None:
         farthest = jnp.minimum(farthest, limit)
     if group is not None:
@@ -492,7 +551,7 @@ def tape_window(
         farthest = jnp.minimum(farthest, shorter)
     keep = 1.0 if reach is None else reach.keep
     bounds = steps, farthest, tuple(parts), tuple(cut)
-    return Window(read, invariant, *bounds, as_far, keep, tuple(sorted(foreign)))
+    return Window(steps_read, invariant, *bounds, as_far, keep, tuple(sorted(foreign)))
 
 
 def given_window(
@@ -507,7 +566,7 @@ def given_window(
     rows, ys = given_ct_ys(closure, ct_ys, closure.layout.window)
     lam, leaves = given_ct_carry(closure, tape.carry, ct_carry), jax.tree.leaves(params)
     window = tape_window(closure, tape, leaves, closure.invariant(leaves), rows, reach=reach)
-    return window, Arriving(lam, ys, rows)
+    return window, Arriving(lam, ys, rows).with_y_in_carry(closure)
 
 
 # ------------------------------------------------------------ the window run again
@@ -522,8 +581,8 @@ def replayed(
     put_in: Callable[[Any], jax.Array],
     *,
     as_far: bool = False,
-) -> Callable[[Any], list]:
-    """A function from a lag to the residuals of that step in the trajectory run again.
+) -> RecordedSteps:
+    """The residuals of the steps in the trajectory run again.
 
     With weights="replayed" a slot holds what a step was given, its carry and x. Before a
     pullback the steps run again from the oldest carry there is, each from the carry that the
@@ -532,8 +591,7 @@ def replayed(
     Args:
         closure: the traced step.
         params: leaves of the parameters to run it with.
-        read: from a lag to the carry and x of that step, the oldest step's beyond what is
-            recorded.
+        read: from a lag to the carry and x of that step; beyond what is recorded to some step's.
         window: how many slots there are.
         length: how many of them are recorded, and are to be run again.
         put_in: from a lag to whether the carry of that step was not made by the one before it.
@@ -567,4 +625,9 @@ def replayed(
     else:
         lags = jnp.arange(window, dtype=jnp.int32)
         _, stacks = scan_stacking(body, oldest, lags, closure.slot, window, first=48, reverse=True)
-    return lambda lag: rows_at(stacks, jnp.minimum(lag, window - 1))
+
+    def read_again(lag: Any) -> list:
+        return rows_at(stacks, jnp.minimum(lag, window - 1))
+
+    # They were stacked in the order of the lags.
+    return RecordedSteps(read_again, window, all_slots=stacks.__getitem__)

@@ -547,6 +547,29 @@ def test_what_is_not_finite_leaves_no_trace(kind, every):
     assert got[1].updated.sum() == (T - at - 1) // every
 
 
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_a_nan_in_a_slot_that_is_not_read_is_not_contracted(weights):
+    """Of one row the operands are small, so that weights are contracted after the loop."""
+
+    def step(params, h, x):
+        h = jnp.tanh(x @ params["wx"] + h @ params["wh"])
+        return h, h
+
+    key = jax.random.key(3)
+    params = {"wx": jax.random.normal(key, (5, 6), F64), "wh": jnp.eye(6, dtype=F64)}
+    how = {"window": 4, "weights": weights, "on_nonfinite": "clear"}
+    learner = jaxbptt.learner(step, lambda y, x: jnp.mean(y**2), PLAIN, **how)
+    xs = jax.random.normal(key, (7, 1, 5), F64).at[2, 0, 0].set(jnp.nan)
+    state = learner.init(params, jnp.zeros((1, 6), F64), xs[0])
+    update = compiled_update(learner)
+    after, _ = steps(update, state, list(xs[:3]))
+    fresh = learner.init(after.params, after.tape.carry, xs[0])
+    want = steps(update, fresh._replace(opt_state=after.opt_state), list(xs[3:]))
+    got = steps(update, after, list(xs[3:]))
+    assert np.isfinite(got[0].params["wx"]).all()
+    oracles.check("after a NaN", (got[0][:2], got[1]), (want[0][:2], want[1]), 0.0)
+
+
 def test_a_passed_nan_stays():
     """So that the test above shows something."""
     xs = with_trouble("x", 4)

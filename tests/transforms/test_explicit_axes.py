@@ -147,6 +147,31 @@ def test_the_ring_lies_where_the_residuals_do():
         assert tape.carry["h"].sharding.spec == P("data", "model")
 
 
+def layers(params, carry, x):
+    """Many small arrays that lie in different ways, and the outputs as they lie."""
+    made = [jnp.tanh(params * h) + jnp.sum(x) for h in carry]
+    return made, sum(jnp.mean(h**2) for h in made)
+
+
+def test_small_residuals_lie_in_one_array_only_where_they_lie_alike():
+    params, xs = draw(), draw(T, 3)
+    carry = [draw(BATCH, HIDDEN) for _ in range(20)]
+    update = sgd(rec := jaxbptt.record(layers, window=4), 0.05)
+
+    def run(params, carry, xs):
+        return lax.scan(update, (params, rec.init(params, carry, xs[0])), xs)[1]
+
+    with entered(mesh()):
+        # Every other one over the mesh's rows, the others over its columns.
+        specs = [P("data"), P(None, "model")] * 10
+        args = laid(mesh(), (P(), specs, P()), (params, carry, xs))
+        tape = rec.init(*args[:2], args[2][0])
+        ring = {leaf.sharding.spec for leaf in tape._ring if leaf.shape[1:] == (8, BATCH, HIDDEN)}
+        assert {tuple(spec)[2:] for spec in ring} >= {("data", None), (None, "model")}
+        got = jax.device_get(jax.jit(run)(*args))
+    oracles.check("explicit axes", got, jax.device_get(run(params, carry, xs)), 1e-12)
+
+
 def test_a_tape_that_lies_elsewhere_is_said():
     with entered(mesh()):
         params, carry, xs = laid(mesh(), OVER_DATA, ARGS)

@@ -357,15 +357,15 @@ def means(*tapes):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: means(t, t), "3 of 6.*tape.length: int32.. expected, float32"),
-        (lambda t: jax.tree.map(lambda v: v.astype(jnp.float16), t), "3 of 6.*length"),
+        (lambda t: means(t, t), "2 of 5.*tape.length: int32.. expected, float32"),
+        (lambda t: jax.tree.map(lambda v: v.astype(jnp.float16), t), "2 of 5.*length"),
         (
             lambda t: jax.tree.map(lambda v: None, t),
-            "6 of 6.*tape.length: int32.. expected, no arr",
+            "5 of 5.*tape.length: int32.. expected, no arr",
         ),
         (
             lambda t: jax.tree.map(lambda v: v[None], t),
-            "6 of 6.*_head: int32.. expected, int32.1. g",
+            "5 of 5.*_head: int32.. expected, int32.1. g",
         ),
         (
             lambda t: jax.tree.map(lambda v: v.astype(F32) if v.dtype != jnp.int32 else v, t),
@@ -375,7 +375,7 @@ def means(*tapes):
             lambda t: jax.tree.map(lambda v: v.astype(jnp.float16) if v.ndim > 1 else v, t),
             r"3 of 3.*_ring.0., a slot of it: float32.3,3. expected, float16",
         ),
-        (lambda t: jax.tree.map(lambda v: v[:2] if v.ndim > 1 else v, t), "3 of 6.*_ring.0."),
+        (lambda t: jax.tree.map(lambda v: v[:2] if v.ndim > 1 else v, t), "3 of 5.*_ring.0."),
     ],
 )
 def test_a_tape_that_was_computed_with_is_refused(change, said):
@@ -412,7 +412,7 @@ def test_the_longest_window_does_not_overflow():
     recorder = jaxbptt.record(lambda p, c, x: (c + x, None), window=2**31 - 1)
     tape = recorder.init(None, 1.0, 1.0)
     full = jnp.int32(2**31 - 1)
-    tape = dataclasses.replace(tape, length=full, _head=full - 1, _phase=tape._phase + 1)
+    tape = dataclasses.replace(tape, length=full, _head=full - 1)
     assert recorder(None, tape, 1.0)[0].length == full
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from harness import grid, sgd
+from harness import grid, online, sgd
 from jax import lax
 from jaxpr_reading import rings_made_anew
 
@@ -459,6 +459,41 @@ def cell_arguments(blocks, dtype=F32):
 
 CELLS = {"rnn": (rnn, 1), "gru": (gru, 3)}
 LOOPS = list(itertools.product(CELLS, ["stored", "current"], [1, 4]))
+
+
+def layers(params, carry, x):
+    """A step that leaves many small arrays of one type, a few of another, and a large one."""
+    large, rows = jnp.sin(carry["large"]) * params["a"], []
+    for h in carry["h"]:
+        x = jnp.tanh(params["a"] * h * jnp.cos(x) + params["b"] * large[0])
+        rows.append(x)
+    return {"h": rows, "large": large}, jnp.sum(x) + jnp.mean(large)
+
+
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_many_small_residuals_lie_in_a_few_arrays(weights):
+    params = {"a": jnp.float64(0.9), "b": jnp.float64(0.2)}
+    carry = {"h": list(jnp.linspace(-1.0, 1.0, 60).reshape(20, 3)), "large": jnp.ones(300)}
+    recorder = jaxbptt.record(layers, window=4, weights=weights)
+    tape = recorder.init(params, carry, XS[0])
+    ring = [leaf for leaf in jax.tree.leaves(tape) if leaf.shape[:1] == (4,)]
+    assert sum(leaf.shape == (4, 8, 3) for leaf in ring) >= 2
+    assert sum(leaf.shape == (4, 300) for leaf in ring) >= 1
+    # Of the inputs and carries that a window is run again from nothing is left out.
+    if weights == "replayed":
+        assert tape.nbytes == 4 * 8 * (60 + 300 + 3)
+
+    # Each step with parameters of its own where the tape holds these.
+    thetas = oracles.drifting(params, 7) if weights == "stored" else [params] * 7
+    run = oracles.Run(layers, thetas, carry, XS[:7], 7)
+    ct_ys = [oracles.random_like(y, t) for t, y in enumerate(run.trajectory[1])]
+    ct_carries = [oracles.random_like(c, 50 + t) for t, c in enumerate(run.trajectory[0])]
+    found = online(recorder, run, ct_ys, ct_carries)
+    for t in range(1, 8):
+        want = run.unrolled(t, oracles.reach(t, 4), ct_ys[t - 1 : t], ct_carries[t - 1])
+        oracles.check(f"{t}, called", found.grads[t - 1][0], want.params, 1e-12)
+        oracles.check(f"{t}", found.cts[t - 1].params, want.params, 1e-12)
+        oracles.check(f"{t}, carry", found.cts[t - 1].carry, want.carry, 1e-12)
 
 
 @pytest.mark.compiled
