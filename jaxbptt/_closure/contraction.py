@@ -33,7 +33,7 @@ from jaxbptt._arrays import (
     zeros,
 )
 from jaxbptt._compat import lax_scan
-from jaxbptt._jaxprs.cpu_products import bind_product
+from jaxbptt._jaxprs.cpu_products import bind_product, with_turned_weights
 from jaxbptt._jaxprs.evaluate import (
     ZERO,
     Atom,
@@ -104,6 +104,11 @@ class Contraction:
         return AtLag(
             *(values_of(atoms, env) for atoms in (self.outs, self.operands, self.summands))
         )
+
+    def runner(self, invariant: list, lags: int) -> Bind:
+        """What runs an equation in a loop over so many lags; made before the loop."""
+        env: Env = dict(zip(self.invariant, invariant, strict=True))
+        return with_turned_weights(self.in_loop, env, lags)
 
     def zero_sums(self) -> list[jax.Array]:
         """Where the sums start; half precisions are added up in float32."""

@@ -48,10 +48,12 @@ class Fission:
         """`hoisted` of a block of `size` iterations, stacked."""
         return _together(self.before, env, self.rows, rows, self.hoisted, size)
 
-    def run_inside(self, env: Mapping, state: list, row: list, hoisted: list) -> tuple[list, list]:
-        """`state_outs` and `saved` of one iteration."""
+    def run_inside(
+        self, env: Mapping, state: list, row: list, hoisted: list, run: Bind = bind_product
+    ) -> tuple[list, list]:
+        """`state_outs` and `saved` of one iteration, each equation run by `run`."""
         names, values = [*self.state, *self.rows, *self.hoisted], [*state, *row, *hoisted]
-        return _run(bind_product, self.inside, env, names, values, self.state_outs, self.saved)
+        return _run(run, self.inside, env, names, values, self.state_outs, self.saved)
 
     def run_after(self, env: Mapping, rows: list, hoisted: list, saved: list, size: int) -> list:
         """`stacked_outs` of a block of `size` iterations, stacked."""

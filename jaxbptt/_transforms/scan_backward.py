@@ -18,7 +18,8 @@ from jaxbptt._arrays import select_rows as select
 from jaxbptt._closure.closure import Closure
 from jaxbptt._closure.contraction import Contraction
 from jaxbptt._closure.pullbacks import Mask
-from jaxbptt._jaxprs.evaluate import ZERO, drop, merge, variables
+from jaxbptt._jaxprs.cpu_products import with_turned_weights
+from jaxbptt._jaxprs.evaluate import ZERO, Bind, drop, merge, variables
 from jaxbptt._jaxprs.loop_fission import Fission, divide
 from jaxbptt._jaxprs.loops import SMALL, block_of, block_size, in_blocks, rows, scan_stacking
 from jaxbptt._transforms.chain_by_chain import SeparateChains, is_needed, pull_chains
@@ -200,8 +201,9 @@ class _Sweep:
         hoisted = self.fission.run_before(self.env, these, size)
         # Large rows are read where they lie: of a block of them the loop would need a copy.
         small = at_most(size_in_bytes(v.aval for v in self.fission.rows), SMALL)
+        run = with_turned_weights(self.fission.inside, self.env, size)
         (lam, sums), saved = scan_stacking(
-            functools.partial(self.one_step, None if small else stacks, first),
+            functools.partial(self.one_step, None if small else stacks, first, run),
             (lam, sums),
             (places, these if small else [], hoisted),
             [v.aval for v in self.fission.saved],
@@ -226,7 +228,9 @@ class _Sweep:
         ]
         return (lam, sums, made), xs
 
-    def one_step(self, stacks: list | None, first: Any, state: Any, row: Any) -> tuple[Any, list]:
+    def one_step(
+        self, stacks: list | None, first: Any, run: Bind, state: Any, row: Any
+    ) -> tuple[Any, list]:
         """One step backwards; its row is read from the stacks, where there are any."""
         (lam, sums), (place, values, hoisted) = state, row
         groups, step = self.run.groups, self.run.step(first + place)
@@ -236,7 +240,8 @@ class _Sweep:
         lam = self.chains.entering(step, lam)
         if self.run.factors is not None:
             lam = [_scale_or_zero(self.run.factors[step - 1], v) for v in lam]
-        outs, saved = self.fission.run_inside(self.env, self.chains.total(lam), values, hoisted)
+        entering = self.chains.total(lam)
+        outs, saved = self.fission.run_inside(self.env, entering, values, hoisted, run)
         n = len(outs) - len(self.contraction.summands)
         live = groups.reached(step) if groups.gaps else True
         sums = self.contraction.add(sums, outs[n:], live)

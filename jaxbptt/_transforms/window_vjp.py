@@ -22,7 +22,8 @@ from jaxbptt._closure.closure import Closure, pick
 from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
-from jaxbptt._jaxprs.evaluate import ZERO, Value
+from jaxbptt._jaxprs.cpu_products import bind_product
+from jaxbptt._jaxprs.evaluate import ZERO, Bind, Value
 from jaxbptt._jaxprs.loops import counting, put, scan_stacking
 from jaxbptt._jaxprs.loops import rows as rows_at
 from jaxbptt._transforms.cotangents import given_ct_carry, given_ct_ys
@@ -320,6 +321,8 @@ def _sweep(
     in_slots = _operands_in_slots(window, segment, contraction, wanted)
     stacked = [v for v, there in zip(contraction.operands, in_slots, strict=True) if there is None]
 
+    run = contraction.runner(window.invariant, segment.stop - segment.start)
+
     # The state is λ as it enters the lag, and the sums of what is not contracted.
     def trip(state: Any, row: Any) -> tuple[Any, Any]:
         lam, sums = state
@@ -329,7 +332,7 @@ def _sweep(
         sent = _each(where_or_zero, followed, lam) if window.cut else lam
         ct_y = _scaled(ct_y, window.keep, -lag) if window.keep != 1 else ct_y
         args = [*window.read(lag), *window.invariant, *pick(alive, sent), *ct_y]
-        made = _at_lag(contraction, args, [*kinds.carry, *x_kinds], live)
+        made = _at_lag(contraction, args, [*kinds.carry, *x_kinds], live, run)
         # What comes out is selected, rather than zeros sent in: a pullback of the
         # user's own need not give zero for zero, and 0·inf is NaN.
         older, xs = made.outs[: len(lam)], made.outs[len(lam) :]
@@ -433,17 +436,19 @@ def _scaled(values: list, base: float, power: jax.Array) -> list:
     return list(map(one, values))
 
 
-def _at_lag(contraction: Contraction, args: list, kinds: list, live: Any) -> AtLag:
+def _at_lag(
+    contraction: Contraction, args: list, kinds: list, live: Any, run: Bind = bind_product
+) -> AtLag:
     """One lag of a divided pullback; side effects of a lag that is not live do not happen."""
 
-    def run() -> AtLag:
-        made = contraction.at_lag(args)
+    def pulled() -> AtLag:
+        made = contraction.at_lag(args, run)
         return made._replace(outs=densify(made.outs, kinds))
 
     if not contraction.acts:
-        return run()
-    none = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), jax.eval_shape(run))
-    return lax.cond(live, run, lambda: none)
+        return pulled()
+    none = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), jax.eval_shape(pulled))
+    return lax.cond(live, pulled, lambda: none)
 
 
 def or_zero(wanted: Sequence[bool] | bool, values: list) -> list:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbptt
-from jaxbptt._jaxprs.cpu_products import bind_product
+from jaxbptt._jaxprs.cpu_products import bind_product, with_turned_weights
 
 
 def across(left, right):
@@ -70,11 +70,57 @@ def test_it_goes_through_transformations():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-2), ours, theirs)
 
 
-def test_a_window_of_such_products():
+def in_a_loop(left, right, trips=20, known=True, function=across):
+    """A function of both that runs the product as a loop over so many trips does."""
+    (eqn,) = jax.make_jaxpr(function)(left, right).jaxpr.eqns
+
+    def run(left, right):
+        env = {eqn.invars[1]: right} if known else {}
+        return with_turned_weights([eqn], env, trips)(eqn, [left, right])[0]
+
+    return run
+
+
+def turns(left, right, **how):
+    text = jax.jit(in_a_loop(left, right, **how)).lower(left, right).as_text()
+    return "optimization_barrier" in text
+
+
+@pytest.mark.parametrize("rows", [17, 32, 60])
+def test_with_more_rows_a_loop_turns_the_weight(rows):
+    left, right = operands(rows)
+    assert turns(left, right) == (jax.default_backend() == "cpu")
+    want = np.asarray(left, np.float64) @ np.asarray(right, np.float64).T
+    got = jax.jit(in_a_loop(left, right))(left, right)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_only_weights_that_gain_are_turned():
+    left, right = operands(32)
+    assert not turns(left, right, trips=15)
+    assert not turns(left, right, known=False)  # it may be another at each trip
+    assert not turns(left, right.T, function=jnp.dot)
+    assert not turns(*operands(129, (256, 256)))
+    assert not turns(*operands(32, (32, 64)))
+    assert not turns(*operands(32, dtype=jnp.bfloat16))
+    exported = jax.export.export(jax.jit(in_a_loop(left, right)), platforms=["cuda"])
+    assert "optimization_barrier" not in exported(left, right).mlir_module()
+
+
+def test_a_turned_weight_goes_through_transformations():
+    left, right = operands(32)
+    squares = [lambda a, b, f=f: jnp.sum(f(a, b) ** 2) for f in (in_a_loop(left, right), across)]
+    for transform in (jax.grad, lambda f: jax.hessian(f, argnums=0)):
+        ours, theirs = (jax.jit(transform(f))(left[:, :1] * left, right) for f in squares)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(("rows", "window"), [(8, 5), (32, 16)])
+def test_a_window_of_such_products(rows, window):
     """Against `jax.grad` of the unrolled run, all of which is in the window."""
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(128, 128)) / 12, jnp.float32)
-    xs = jnp.asarray(rng.normal(size=(5, 8, 128)), jnp.float32)
+    xs = jnp.asarray(rng.normal(size=(window, rows, 128)), jnp.float32)
 
     def step(w, c, x):
         c = jnp.tanh(c @ w + x)
@@ -86,7 +132,7 @@ def test_a_window_of_such_products():
             c, y = step(w, c, x)
         return y
 
-    rec = jaxbptt.record(step, window=5, weights="current")
+    rec = jaxbptt.record(step, window=window, weights="current")
     tape = jax.jit(rec.init)(w, np.zeros_like(xs[0]), xs[0])
     tape, _ = jax.jit(lambda tape: jax.lax.scan(lambda t, x: rec(w, t, x), tape, xs))(tape)
     pull = jax.jit(lambda tape: rec.pullback(w, tape, np.ones(1, np.float32)).params)

@@ -473,7 +473,10 @@ def layers(params, carry, x):
 @pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
 def test_many_small_residuals_lie_in_a_few_arrays(weights):
     params = {"a": jnp.float64(0.9), "b": jnp.float64(0.2)}
-    carry = {"h": list(jnp.linspace(-1.0, 1.0, 60).reshape(20, 3)), "large": list(jnp.ones((9, 300)))}
+    carry = {
+        "h": list(jnp.linspace(-1.0, 1.0, 60).reshape(20, 3)),
+        "large": list(jnp.ones((9, 300))),
+    }
     recorder = jaxbptt.record(layers, window=4, weights=weights)
     tape = recorder.init(params, carry, XS[0])
     ring = [leaf for leaf in jax.tree.leaves(tape) if leaf.shape[:1] == (4,)]
