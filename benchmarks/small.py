@@ -7,7 +7,8 @@
   that the step closes over.
 * calls: one jitted online step of a stack of small layers, called from Python, with a tape of many
   leaves and a window of 1, against the same step with its carry alone: what handing over the tape
-  costs. And a block of ten recorded steps under `lax.scan`, by the step.
+  costs. Of that the same step that is handed three numbers more and gives them back, and a block
+  of ten recorded steps under `lax.scan`, by the step.
 * tracing: processor time to trace and to compile the gradient of a step of many equations, best
   of three interleaved tries, from 1,000 equations on of one, and the time to run it; `record` is
   the gradient of one recorded call.
@@ -282,6 +283,27 @@ def layers(count, units=4):
     return params, step, [jnp.zeros((1, units)) for _ in range(count)], jnp.ones((1, units))
 
 
+def lstms(count, units):
+    """The same of LSTM cells."""
+
+    def step(p, carry, x):
+        new = []
+        for (w, u, b), (h, c) in zip(p, carry, strict=True):
+            i, f, g, o = jnp.split(x @ w + h @ u + b, 4, axis=-1)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            x = jax.nn.sigmoid(o) * jnp.tanh(c)
+            new.append((x, c))
+        return new, jnp.sum(x)
+
+    weight, zeros = jnp.full((units, 4 * units), 0.1), jnp.zeros((1, units))
+    params = [(weight + 0, weight + 0, jnp.zeros(4 * units)) for _ in range(count)]
+    return params, step, [(zeros + 0, zeros + 0) for _ in range(count)], jnp.ones((1, units))
+
+
+STACKS = [(layers, 1, 4), (layers, 5, 4), (layers, 20, 4), (layers, 20, 64)]
+STACKS += [(lstms, 1, 64), (lstms, 2, 16), (lstms, 5, 64), (lstms, 10, 64)]
+
+
 def online(run):
     """A jitted step of SGD: from parameters, what is carried and x to the first two anew."""
 
@@ -302,25 +324,41 @@ def in_a_block(update):
     return block
 
 
+def with_numbers(step):
+    """A step that is handed three numbers beside its carry."""
+
+    def more(p, carried, x):
+        carry, numbers = carried
+        carry, y = step(p, carry, x)
+        return (carry, [v + 1 for v in numbers]), y
+
+    return more
+
+
 def calls(repeats, block=10):
     print("\n### One jitted online step called from Python, window 1: with a tape and without\n")
     print(
-        "| layers | leaves: params, carry, tape | plain µs | recorded µs | ratio | in blocks µs |"
+        "| stack of | leaves: params, carry, tape | plain µs | with three numbers µs | recorded µs "
+        "| ratio | in blocks µs |"
     )
-    print("|---|---|---|---|---|---|")
-    for count in (1, 5, 20):
-        params, step, carry, x = layers(count)
+    print("|---|---|---|---|---|---|---|")
+    for make, count, units in STACKS:
+        params, step, carry, x = make(count, units)
         rec = jaxbptt.record(step, window=1, weights="current")
         recorded, tape = online(rec), rec.init(params, carry, x)
 
-        ways = (online(step), carry, x), (recorded, tape, x)
+        numbers = [jnp.int32(i) for i in range(3)]
+        ways = (online(step), carry, x), (online(with_numbers(step)), (carry, numbers), x)
+        ways += ((recorded, tape, x),)
         ways += ((in_a_block(recorded), tape, jnp.broadcast_to(x, (block, *x.shape))),)
         # Each call is given the same arrays: only its own time is measured, until it is done.
         programs = [functools.partial(jax.jit(f), params, *args) for f, *args in ways]
-        plain, ours, in_blocks = seconds([lambda _, p=p: p() for p in programs], None, repeats)
+        took = seconds([lambda _, p=p: p() for p in programs], None, repeats)
+        plain, numbered, ours, in_blocks = took
         leaves = ", ".join(str(len(jax.tree.leaves(tree))) for tree in (params, carry, tape))
-        times = (f"{1e6 * t:.0f}" for t in (plain, ours))
-        row = count, leaves, *times, f"{ours / plain:.2f}", f"{1e6 * in_blocks / block:.0f}"
+        times = (f"{1e6 * t:.0f}" for t in (plain, numbered, ours))
+        name = f"{count} {make.__name__} of {units}"
+        row = name, leaves, *times, f"{ours / plain:.2f}", f"{1e6 * in_blocks / block:.0f}"
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
