@@ -157,6 +157,8 @@ FAULTS = [Fault(*row) for row in [
      "return lax.cond(is_due(tape), back, lambda: nothing)", "return back()"),
     ("a group's gradient is the mean over its losses", "_transforms/record", "oracles tape",
      "jnp.broadcast_to(v, (rows, *v.shape))", "jnp.broadcast_to(v / rows, (rows, *v.shape))"),
+    ("an operand that is wanted summed counts at one lag", "_closure/contraction", "contraction",
+     "[jnp.sum(widened(stacks[v]), 0) for v", "[widened(stacks[v])[0] for v"),
     ("lags that are not recorded are not masked", "_transforms/window_vjp", "oracles steps",
      'farthest, cut = tape.length,', 'farthest, cut = jnp.int32(steps),'),
     ("stored parameters are not stored", "_transforms/record", "oracles current",

@@ -85,6 +85,7 @@ class Contraction:
     after_loop: list[core.JaxprEqn]
     products: list[Product]  # of operands, done once
     reductions: list[core.JaxprEqn]  # reduce_sum of an operand, done once
+    summed_operands: list[Atom]  # operands that are wanted summed over the lags too
     scatters: list[core.JaxprEqn]  # scatter-add into zeros, done in place in its sum
     summed_as_is: list[Atom]
     operands: list[Atom]  # stacked over the lags
@@ -157,7 +158,7 @@ class Contraction:
         for eqn in self.reductions:
             axes = (0, *(axis + 1 for axis in eqn.params["axes"]))
             made.append(jnp.sum(widened(stacks[eqn.invars[0]]), axes))
-        return made
+        return made + [jnp.sum(widened(stacks[v]), 0) for v in self.summed_operands]
 
     def zero_contractions(self) -> list[jax.Array]:
         """What `contract` gives for no lags at all."""
@@ -183,7 +184,8 @@ class Contraction:
         return values_of(self.weights, env)
 
     def _contracted(self) -> list[Any]:
-        return [p.made for p in self.products] + [e.outvars[0] for e in self.reductions]
+        made = [p.made for p in self.products] + [e.outvars[0] for e in self.reductions]
+        return made + self.summed_operands
 
 
 def divide_pullback(
@@ -241,9 +243,12 @@ def divide_pullback(
     done = {e.outvars[0] for e in (*chosen, *reductions, *scatters)}
     as_is = [turned[v].outvars[0] if v in turned else v for v in ends if v not in done]
     as_is = _added_up(as_is, passes, weights)
+    # Of a single row a bias has the operand itself for its cotangent.
+    summed_operands = [v for v in as_is if v in operands]
+    as_is = [v for v in as_is if v not in operands]
 
     # After the loop remain the passes behind what is summed, and what these read.
-    summed = {*ends, *as_is, *(p.made for p in products)}
+    summed = {*ends, *as_is, *summed_operands, *(p.made for p in products)}
     scattered = [v for e in scatters for v in e.invars[1:]]
     return Contraction(
         program=program,
@@ -257,6 +262,7 @@ def divide_pullback(
         ),
         products=products,
         reductions=reductions,
+        summed_operands=summed_operands,
         scatters=scatters,
         summed_as_is=as_is,
         operands=operands,

@@ -574,6 +574,16 @@ def test_a_weight_that_is_wanted_at_each_lag_too():
     assert made.contraction.summed_as_is == [made.contraction.weights[0]]
 
 
+def test_the_bias_of_a_single_row_is_summed_after_the_loop():
+    def function(h, g):
+        g = jnp.tanh(g)
+        return [outer(h, g), jnp.squeeze(g, 0)]
+
+    made = same_sums(function, [H[:, :1], G[:, :1]], weights=2)
+    assert made.contraction.summands == []
+    assert len(made.contraction.summed_operands) == 1
+
+
 def test_what_only_the_lags_want_is_not_summed():
     made = same_sums(lambda h, g, w: [outer(h, g), g @ w.T, h], [H, G], [W])
     assert made.at_lag == ["transpose", "dot_general"]
@@ -595,7 +605,10 @@ def test_weights_that_are_tied_or_inputs_themselves():
     made = same_sums(function, [H, G], [W], weights=6)
     assert len(made.contraction.products) == 1
     g, w = made.contraction.program.jaxpr.invars[1:]
-    assert made.contraction.summed_as_is.count(g) == made.contraction.summed_as_is.count(w) == 1
+    # What is an operand already is summed with the others, after the loop.
+    assert made.contraction.summed_operands == [g]
+    assert g not in made.contraction.summed_as_is
+    assert made.contraction.summed_as_is.count(w) == 1
     # What is the same at all lags still counts once for each.
     assert "exp" in made.at_lag
 
