@@ -262,7 +262,10 @@ def _same_sharding(
     for leaf, value in zip(map(leaf_type, ring), map(leaf_type, residuals), strict=True):
         # On a mesh with Explicit axes JAX would speak of the operands of an update of a slice.
         slot = _laid_out(value, slots).sharding
-        if leaf.sharding != slot:
+        # What lies on no mesh, such as a number that is made inside of jit, JAX takes for the same
+        # on all devices.
+        whole = slot is None and not any(getattr(leaf.sharding, "spec", ()))
+        if leaf.sharding != slot and not whole:
             raise ValueError(
                 "params, carry and x must lie over the Explicit axes of the mesh as those that "
                 f"init was given, but a residual {value} was of {_spec(leaf.sharding)} then and "

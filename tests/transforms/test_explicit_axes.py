@@ -172,6 +172,23 @@ def test_small_residuals_lie_in_one_array_only_where_they_lie_alike():
     oracles.check("explicit axes", got, jax.device_get(run(params, carry, xs)), 1e-12)
 
 
+@pytest.mark.parametrize("weights", ["stored", "current", "replayed"])
+def test_a_parameter_that_lies_on_no_mesh(weights):
+    """As JAX itself takes it: for the same on all devices."""
+    carry, xs = [draw(BATCH, HIDDEN), draw(BATCH, HIDDEN)], draw(T, 3)
+    rec = jaxbptt.record(layers, window=4, weights=weights)
+
+    def run(carry, xs):
+        params = jnp.float64(0.5)
+        first = params, rec.init(params, carry, xs[0])
+        return lax.scan(sgd(rec, 0.05), first, xs)[1]
+
+    with entered(mesh()):
+        args = laid(mesh(), ([P("data"), P(None, "model")], P()), (carry, xs))
+        got = jax.device_get(jax.jit(run)(*args))
+    oracles.check("off the mesh", got, jax.device_get(run(carry, xs)), 1e-12)
+
+
 def test_a_tape_that_lies_elsewhere_is_said():
     with entered(mesh()):
         params, carry, xs = laid(mesh(), OVER_DATA, ARGS)
