@@ -190,18 +190,19 @@ class Packing:
         alike = [None if apart else _small_type(kind) for kind in kinds]
         count = collections.Counter(kind for kind in alike if kind is not None)
         places: list[tuple[int, int | None]] = []
-        last: dict[tuple, tuple[int, int]] = {}  # of each type, where its last array lies
+        filled: dict[tuple, tuple[int, int]] = {}  # of each type, an array and how many lie in it
         arrays = 0
         for kind in alike:
-            at, row = last.get(kind, (0, _TOGETHER - 1)) if kind else (0, 0)
             if kind is None or count[kind] <= _TOGETHER:
                 places.append((arrays, None))
                 arrays += 1
                 continue
-            begins = row == _TOGETHER - 1
-            last[kind] = at, row = (arrays, 0) if begins else (at, row + 1)
+            at, row = filled.get(kind, (0, _TOGETHER))
+            if row == _TOGETHER:  # it is full, or there is none yet
+                at, row = arrays, 0
+                arrays += 1
             places.append((at, row))
-            arrays += begins
+            filled[kind] = at, row + 1
         return cls(tuple(places))
 
     def types(self, kinds: Sequence[LeafType]) -> list[LeafType]:

@@ -109,9 +109,9 @@ class Linearization:
     def same_as(self, i: int, others: int) -> int | None:
         """Which of the first outputs an output is the same variable as, None for none."""
         outs = self.jaxpr.outvars
-        # Of a pullback as a whole the inputs are cotangents, and nothing is known of what they are.
-        found = [] if self.is_pullback else [j for j in range(others) if outs[j] is outs[i]]
-        return found[0] if found else None
+        if self.is_pullback:  # then the outputs are those of the transpose, and not of the step
+            return None
+        return next((j for j in range(others) if outs[j] is outs[i]), None)
 
     def heavy(self, alive: Mask) -> int:
         """How much more than elementwise work leads to the outputs that are alive."""

@@ -393,10 +393,9 @@ def check_counters(tape: Tape) -> None:
     got: dict[str, LeafType | None] = {}
     # All that is compared here is known while tracing: under vmap too, where each tape is one of
     # many.
-    for name in ("length", "_head", "_phase"):
-        if name != "_phase" or tape._phase is not None:
-            expected[name] = counter
-            got[name] = _type_or_none(getattr(tape, name))
+    for name in ("length", "_head", *(("_phase",) if tape._settings.every > 1 else ())):
+        expected[name] = counter
+        got[name] = _type_or_none(getattr(tape, name))
     if tape._in_flight is not None:
         expected["_in_flight.count"] = counter
         got["_in_flight.count"] = _type_or_none(tape._in_flight.count)

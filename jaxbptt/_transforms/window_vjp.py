@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxbptt import _errors
 from jaxbptt._arrays import select_rows, where_or_zero, widened, zeros
-from jaxbptt._closure.closure import Closure, pick
+from jaxbptt._closure.closure import Closure, combine, pick
 from jaxbptt._closure.contraction import AtLag, Contraction
 from jaxbptt._closure.pullbacks import Mask, Pullback
 from jaxbptt._compat import lax_scan
@@ -113,10 +113,10 @@ class Arriving(NamedTuple):
 
         The loop over the lags then has no ȳ to bring along.
         """
-        places = closure.y_in_carry
-        asked = [self.asked] * len(places) if isinstance(self.asked, bool) else self.asked
         if self.rows != 1:
             return self
+        places = closure.y_in_carry
+        asked = [self.asked] * len(places) if isinstance(self.asked, bool) else self.asked
         carry, ys, rest = list(self.carry), iter(self.ys), []
         for is_asked, place in zip(asked, places, strict=True):
             if is_asked and place is not None:
@@ -319,8 +319,7 @@ def _sweep(
     )
 
     in_slots = _operands_in_slots(window, segment, contraction, wanted)
-    stacked = [v for v, there in zip(contraction.operands, in_slots, strict=True) if there is None]
-
+    stacked = [there is None for there in in_slots]
     run = contraction.runner(window.invariant, segment.stop - segment.start)
 
     # The state is λ as it enters the lag, and the sums of what is not contracted.
@@ -339,21 +338,20 @@ def _sweep(
         older = _scaled(older, window.keep, jnp.int32(-1)) if window.keep != 1 else older
         lam = _each(jnp.where, [live & f for f in followed], older, lam)
         # An operand of a lag that is not reached adds nothing to the product.
-        operands = [v for v, there in zip(made.operands, in_slots, strict=True) if there is None]
-        kept = [where_or_zero(live, v) for v in (*xs, *operands)]
+        kept = [where_or_zero(live, v) for v in (*xs, *pick(stacked, made.operands))]
         return (lam, contraction.add(sums, made.summands, live)), kept
 
     state = lam, contraction.zero_sums()
-    kept_kinds = [*x_kinds, *(v.aval for v in stacked)]
+    kept_kinds = [*x_kinds, *(v.aval for v in pick(stacked, contraction.operands))]
     if window.as_far:
         return _blocks_as_far_as_the_reach(contraction, window, segment, trip, state, x_kinds)
     length = segment.stop - segment.start
     rows = counting(length, segment.start), segment.ct_ys
-    place = window.recorded.slot if len(stacked) < len(in_slots) else None
+    place = None if all(stacked) else window.recorded.slot
     (lam, sums), kept = scan_stacking(trip, state, rows, kept_kinds, length, first=0, place=place)
     # The loop is over: what it stacked is contracted, for all its lags at once.
-    xs, made = kept[: len(x_kinds)], iter(kept[len(x_kinds) :])
-    operands = [next(made) if there is None else there for there in in_slots]
+    xs, made = kept[: len(x_kinds)], kept[len(x_kinds) :]
+    operands = combine(stacked, made, pick(stacked, in_slots, False))
     weights = contraction.finish(window.invariant, contraction.contract(operands), sums)
     return WindowCotangents(weights, lam, xs)
 
